@@ -1,0 +1,378 @@
+"""Mutual information between views from second-order statistics: validation, estimators and the choice of route.
+
+Every estimator is half a weighted sum of log-determinants,
+
+    I = 1/2 sum_j w_j log det(I + M_j / ridge),
+
+with M_j second moments of features standardised over the batch. ``ridge`` is a noise floor in units of feature
+variance; I is the mutual information of views observed through isotropic noise of that variance.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from mmi_loss import distributed, reference
+from mmi_loss.diagnostics import mutual_information
+from mmi_loss.ops import covariance, gram, slices
+from mmi_loss.ops import logdet as logdets
+
+__all__ = ["MMIComponents", "Options", "mmi_loss", "mmi_loss_multiview", "mutual_information"]
+
+DEFAULT_SLICE_DIM = 128
+DEFAULT_SNR = 64.0
+DEFAULT_BETA = 1.0
+SAMPLES_PER_DIM = 8
+"""Joint and exchangeable MI of fewer samples per dimension are mostly spurious; training then fails quietly."""
+
+# Weights of the log-determinants in 2 I, in the order in which the routes below return them.
+OBJECTIVES = {
+    "content": (1, -1),  # total, within
+    "exchangeable": (2, -1, -1),  # total, sum, difference
+    "joint": (1, 1, -1),  # view a, view b, both
+}
+LOGDETS = ("cholesky", "taylor")
+SLICE_KINDS = ("coordinates", "gaussian")
+IMPLS = ("auto", "reference", "eager")
+
+
+class MMIComponents(NamedTuple):
+    """The loss and what it is made of: float32 (float64 for float64 input) scalars, in nats.
+
+    ``mutual_information = entropy_a + entropy_b - joint_entropy = -loss``, with Gaussian differential entropies of
+    the standardised features plus noise, averaged over slices. Under ``objective="content"`` the joint entropy is
+    that of a view plus that of its nuisance, H(Z) + H(Z | content), so that the identity holds. Only ``loss``
+    carries a gradient.
+    """
+
+    loss: Tensor
+    mutual_information: Tensor
+    entropy_a: Tensor
+    entropy_b: Tensor
+    joint_entropy: Tensor
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that defines the loss but the data and the step, validated; see :class:`mmi_loss.MMILoss`."""
+
+    objective: str = "content"
+    slice_dim: int | None = DEFAULT_SLICE_DIM
+    num_slices: int = 1
+    seed: int = 0
+    snr: float | None = DEFAULT_SNR
+    ridge: float | None = None
+    logdet: str = "cholesky"
+    order: int = 4
+    beta: float = DEFAULT_BETA
+    gather_distributed: bool = False
+    impl: str = "auto"
+    slice_kind: str = "coordinates"
+
+    def __post_init__(self) -> None:
+        for name, known in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}")
+        for name in ("slice_dim", "num_slices", "order"):
+            value = getattr(self, name)
+            if name == "slice_dim" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}" + _SLICE_DIM_HINT * (name == "slice_dim"))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be an int, got {self.seed!r}")
+        if not 0 < self.beta < 2:
+            raise ValueError(f"beta must lie in (0, 2), where the series of the logarithm converges, got {self.beta}")
+        if self.ridge is not None and self.snr not in (None, DEFAULT_SNR):
+            raise ValueError(f"snr={self.snr} and ridge={self.ridge} set the same noise floor: give only one of them")
+        name, value = ("snr", self.snr) if self.ridge is None else ("ridge", self.ridge)
+        if value is None or not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a positive number, got {value}")
+
+    def noise_floor(self, dim: int, dtype: torch.dtype) -> float:
+        """The ridge for ``dim`` features in a determinant, in units of feature variance.
+
+        Adding ``ridge * I`` is mutual information in the presence of isotropic noise. With ``ridge = dim / snr`` the
+        total variance of the embedding, ``dim``, is ``snr`` times the noise in one direction: about ``snr``
+        directions can rise above it, however wide the projector.
+        """
+        ridge = self.ridge if self.ridge is not None else dim / cast(float, self.snr)
+        # Rounding perturbs the spectrum of a dim x dim correlation matrix by about dim * eps; a floor below that
+        # would make singular matrices indefinite.
+        return max(ridge, 8 * dim * torch.finfo(dtype).eps)
+
+
+_CHOICES: dict[str, Sequence[str]] = {
+    "objective": tuple(OBJECTIVES),
+    "logdet": LOGDETS,
+    "slice_kind": SLICE_KINDS,
+    "impl": IMPLS,
+}
+_SLICE_DIM_HINT = "; slice_dim=None takes all features"
+
+
+def mmi_loss(z_a: Tensor, z_b: Tensor, *, step: int | Tensor = 0, **options: Any) -> Tensor:
+    """Negative mutual information of two views, in nats.
+
+    The stateless form of :class:`mmi_loss.MMILoss`: the same options by keyword, and the ``step`` that, with
+    ``seed``, determines the random slice.
+
+    Args:
+        z_a: Embeddings of the first view, (N, D), floating point.
+        z_b: Embeddings of the second view, (N, D), row i of the same image as row i of ``z_a``.
+        step: Which slice to take; the module counts its calls here.
+        **options: See :class:`mmi_loss.MMILoss`.
+
+    Returns:
+        A scalar: float32, or float64 for float64 input.
+
+    Raises:
+        TypeError: An input is not a floating point tensor, or an option is unknown.
+        ValueError: Shapes, devices or an option's value do not fit; the message names the remedy.
+
+    Example:
+        >>> z = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+        >>> identical, independent = mmi_loss(z, z), mmi_loss(z, z.roll(1, 0))
+        >>> f"{identical:.1f} {independent:.1f}"
+        '-25.7 -0.1'
+    """
+    return loss([z_a, z_b], step, Options(**options))
+
+
+def mmi_loss_multiview(views: Sequence[Tensor], *, step: int | Tensor = 0, **options: Any) -> Tensor:
+    """Negative mutual information of V >= 2 views, each (N, D), in nats.
+
+    For ``objective="content"`` the covariance of one view is split into within-image and between-image parts over
+    all views at once (an analysis of variance); for the others it is the mean over all pairs, on the same slice.
+    Options, errors and the return value are those of :func:`mmi_loss`.
+    """
+    return loss(views, step, Options(**options))
+
+
+def loss(views: Sequence[Tensor], step: int | Tensor, options: Options) -> Tensor:
+    """The loss of validated options; :func:`mmi_loss` and :class:`mmi_loss.MMILoss` both call it."""
+    return -_mutual_information(_log_dets(views, step, options).values, options.objective)
+
+
+def components(views: Sequence[Tensor], step: int | Tensor, options: Options) -> MMIComponents:
+    """The loss of two views and the entropies it is made of."""
+    values, dim, ridge = _log_dets(views, step, options)
+    total = _mutual_information(values, options.objective)
+    # log det(I + M / ridge) to the differential entropy of the features plus noise.
+    constant = dim / 2 * (math.log(2 * math.pi * math.e) + math.log(ridge))
+    half = values.detach().mean(-1) / 2
+    entropy_a = half[0] + constant
+    if options.objective == "joint":
+        entropy_b, joint_entropy = half[1] + constant, half[2] + 2 * constant
+    elif options.objective == "exchangeable":
+        entropy_b, joint_entropy = entropy_a, half[1] + half[2] + 2 * constant
+    else:
+        entropy_b, joint_entropy = entropy_a, half[0] + half[1] + 2 * constant
+    return MMIComponents(-total, total.detach(), entropy_a, entropy_b, joint_entropy)
+
+
+class _LogDets(NamedTuple):
+    """``values`` (m, S): the log-determinants of an objective for S slices of ``dim`` features."""
+
+    values: Tensor
+    dim: int
+    ridge: float
+
+
+def _mutual_information(log_dets: Tensor, objective: str) -> Tensor:
+    per_slice = sum(weight / 2 * log_det for weight, log_det in zip(OBJECTIVES[objective], log_dets, strict=True))
+    return cast(Tensor, per_slice).mean()
+
+
+def _log_dets(views: Sequence[Tensor], step: int | Tensor, options: Options) -> _LogDets:
+    _validate(views, options)
+    gather = options.gather_distributed and distributed.is_active()
+    # Second moments and determinants of half precision numbers overflow or lose the signal.
+    with torch.autocast(views[0].device.type, enabled=False):
+        dtype = torch.float64 if any(z.dtype == torch.float64 for z in views) else torch.float32
+        sliced = _slice(views, step, options, dtype)
+        num_views, (_, samples, dim) = len(views), sliced[0].shape
+        ridge = options.noise_floor(dim, dtype)
+        if gather and (options.slice_dim is None or options.impl == "reference"):
+            # Whether N < D is known only after counting, and the Gram route needs the embeddings themselves.
+            sizes = distributed.batch_sizes(views[0])
+            samples = sum(sizes)
+            if options.impl == "reference" or _is_wide(options.objective, num_views, samples, dim):
+                sliced = [distributed.concatenate(z.transpose(0, 1), sizes).transpose(0, 1) for z in sliced]
+                gather = False
+        elif gather:  # a guess: the warning is not worth a wait
+            samples *= distributed.world_size()
+        _warn_if_starved(options.objective, samples, dim)
+        pairs = [sliced] if options.objective == "content" else [list(pair) for pair in combinations(sliced, 2)]
+        values = [_route(pair, ridge, options, gather) for pair in pairs]
+        return _LogDets(torch.stack(values).mean(0) if len(values) > 1 else values[0], dim, ridge)
+
+
+def _slice(views: Sequence[Tensor], step: int | Tensor, options: Options, dtype: torch.dtype) -> list[Tensor]:
+    """All features as one slice (1, N, D), or the step's random slices (S, N, slice_dim), the same for all views."""
+    dim, device = views[0].shape[1], views[0].device
+    if options.slice_dim is None or options.slice_dim >= dim:
+        return [z.to(dtype)[None] for z in views]
+    slice_dim, num_slices = options.slice_dim, options.num_slices
+    step = torch.as_tensor(step, dtype=torch.int64, device=device)
+    if options.slice_kind == "coordinates":
+        indices = slices.random_coordinates(dim, slice_dim, num_slices, step, options.seed)
+        return [slices.take_coordinates(z, indices, dtype) for z in views]
+    directions = slices.gaussian_directions(dim, slice_dim, num_slices, step, options.seed, dtype)
+    return [slices.project(z, directions, num_slices, dtype) for z in views]
+
+
+def _is_wide(objective: str, num_views: int, samples: int, dim: int) -> bool:
+    """Whether the Gram matrices, of as many rows as there are samples in one estimate, are the smaller ones."""
+    rows = samples if objective == "joint" else num_views * samples
+    return rows < dim
+
+
+def _route(views: list[Tensor], ridge: float, options: Options, gather: bool) -> Tensor:
+    """The objective's log-determinants (m, S) from views (S, N, k)."""
+    num_views, (_, samples, dim) = len(views), views[0].shape
+    if options.impl == "reference":
+        return reference.log_dets(
+            views, options.objective, ridge, options.order if options.logdet == "taylor" else None, options.beta
+        )
+    # The rows of the other ranks are not here: gathered statistics are covariances.
+    if not gather and _is_wide(options.objective, num_views, samples, dim):
+        per_slice = [_gram_log_dets([z[s] for z in views], ridge, options) for s in range(views[0].shape[0])]
+        return torch.stack(per_slice, dim=1)
+    if options.objective == "joint":
+        return _joint_log_dets(views[0], views[1], ridge, options, gather)
+    return _pooled_log_dets(views, ridge, options, gather)
+
+
+def _log_det(matrices: Tensor, options: Options, null_dim: int = 0) -> Tensor:
+    """log det of SPD matrices that have ``null_dim`` more eigenvalues, all 1, than is stored."""
+    if options.logdet == "taylor":
+        return logdets.series_log_det(matrices, options.order, options.beta, null_dim)
+    return logdets.log_det(matrices)
+
+
+def _count_and_mean(views: Sequence[Tensor], gather: bool) -> tuple[float | Tensor, Tensor]:
+    """The global number of samples and the mean (S, 1, k) pooled over samples and views.
+
+    The mean is a constant for the gradient: moments about it are stationary in it, its derivative vanishes.
+    """
+    with torch.no_grad():
+        total = views[0].sum(1)
+        for view in views[1:]:
+            total = total + view.sum(1)
+        count: float | Tensor = views[0].shape[1]
+        if gather:
+            packed = distributed.sum_constant(torch.cat([total.flatten(), total.new_full((1,), count)]))
+            total, count = packed[:-1].view_as(total), packed[-1]
+        return count, (total / (len(views) * count))[:, None]
+
+
+def _pooled_log_dets(views: Sequence[Tensor], ridge: float, options: Options, gather: bool) -> Tensor:
+    """Covariance route of exchangeable views: they share one mean, one covariance, one symmetric cross-covariance."""
+    num_views = len(views)
+    count, mean = _count_and_mean(views, gather)
+    between, within = covariance.pooled_scatters([z - mean for z in views])
+    if gather:
+        between, within = distributed.all_reduce_sum(torch.stack([between, within]))
+    total = (between + within) / (num_views * count)
+    if options.objective == "content":
+        moments = torch.stack([total, within / ((num_views - 1) * count)])
+    else:
+        moments = torch.stack([total, between / count, within / count])
+    variance = total.diagonal(dim1=-2, dim2=-1) + covariance.variance_floor(mean[:, 0])
+    return _log_det(covariance.signal_to_noise(moments, variance, ridge), options)
+
+
+def _joint_log_dets(z_a: Tensor, z_b: Tensor, ridge: float, options: Options, gather: bool) -> Tensor:
+    """Covariance route of any two views, each with its own mean and variance."""
+    count, mean_a = _count_and_mean([z_a], gather)
+    _, mean_b = _count_and_mean([z_b], gather)
+    x_a, x_b = z_a - mean_a, z_b - mean_b
+    scatters = torch.stack([covariance.scatter(x_a), x_a.mT @ x_b, covariance.scatter(x_b)])
+    if gather:
+        scatters = distributed.all_reduce_sum(scatters)
+    s_aa, s_ab, s_bb = scatters / count
+    joint = torch.cat([torch.cat([s_aa, s_ab], -1), torch.cat([s_ab.mT, s_bb], -1)], -2)
+    floor = covariance.variance_floor(torch.cat([mean_a, mean_b], -1)[:, 0])
+    variance = joint.diagonal(dim1=-2, dim2=-1) + floor
+    matrix = covariance.signal_to_noise(joint[None], variance, ridge)[0]
+    if options.logdet == "cholesky":
+        return logdets.joint_log_dets(matrix)
+    dim = z_a.shape[-1]
+    blocks = [matrix[..., :dim, :dim], matrix[..., dim:, dim:], matrix]
+    return torch.stack([_log_det(block, options) for block in blocks])
+
+
+def _gram_log_dets(views: Sequence[Tensor], ridge: float, options: Options) -> Tensor:
+    """Gram route, views (N, D) with fewer rows than features: log det(I_D + X^T X) = log det(I_N + X X^T)."""
+    num_views, (n, dim) = len(views), views[0].shape
+
+    def log_det(second_moments: Tensor, feature_dim: int = dim) -> Tensor:
+        rows = second_moments.shape[-1]
+        identity = torch.eye(rows, dtype=second_moments.dtype, device=second_moments.device)
+        return _log_det(identity + second_moments / ridge, options, feature_dim - rows)
+
+    if options.objective == "joint":
+        gram_a, gram_b = (gram.standardised_gram([z]) / n for z in views)
+        return torch.stack([log_det(gram_a), log_det(gram_b), log_det(gram_a + gram_b, 2 * dim)])
+    products = gram.standardised_gram(views)
+    total = log_det(products / (num_views * n))
+    within = products[n:, n:]
+    if options.objective == "content":
+        return torch.stack([total, log_det(within / ((num_views - 1) * n))])
+    return torch.stack([total, log_det(products[:n, :n] / n), log_det(within / n)])
+
+
+def _validate(views: Sequence[Tensor], options: Options) -> None:
+    names = ["z_a", "z_b"] if len(views) == 2 else [f"views[{i}]" for i in range(len(views))]
+    if len(views) < 2:
+        raise ValueError(f"mutual information needs at least 2 views, got {len(views)}")
+    for name, z in zip(names, views, strict=True):
+        if not isinstance(z, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(z).__name__}")
+        if not z.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {z.dtype}; convert it with {name}.float()")
+        if z.ndim != 2:
+            raise ValueError(
+                f"{name} must have shape (N, D), got {tuple(z.shape)}; flatten or pool the other dimensions"
+            )
+        if z.shape != views[0].shape:
+            raise ValueError(
+                f"{names[0]} and {name} must have the same shape, got {tuple(views[0].shape)} and {tuple(z.shape)}; "
+                "row i of every view must come from the same image"
+            )
+        if z.device != views[0].device:
+            raise ValueError(
+                f"{names[0]} and {name} must be on the same device, got {views[0].device} and {z.device}"
+            )
+    samples, dim = views[0].shape
+    if dim < 1:
+        raise ValueError(f"{names[0]} must have at least one feature, got shape {tuple(views[0].shape)}")
+    if samples < 2 and not (options.gather_distributed and distributed.is_active()):
+        raise ValueError(
+            f"{names[0]} must hold at least 2 samples, got shape {tuple(views[0].shape)}; statistics over the batch "
+            "need more, so drop the last incomplete batch (drop_last=True)"
+        )
+
+
+def _warn_if_starved(objective: str, samples: int, dim: int) -> None:
+    if objective == "content" or samples >= SAMPLES_PER_DIM * dim or torch.compiler.is_compiling():
+        return
+    warnings.warn(
+        f"objective={objective!r} estimates mutual information between {dim} dimensions from {samples} samples; below "
+        f"{SAMPLES_PER_DIM} samples per dimension most of it is spurious and training is known to fail quietly. Use "
+        f"objective='content' (the default), or slice_dim={max(1, samples // SAMPLES_PER_DIM)}, or larger batches.",
+        UserWarning,
+        stacklevel=2,
+    )
