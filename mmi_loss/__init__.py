@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["MMILoss", "diagnostics", "functional", "__version__"]
+__all__ = ["MMILoss", "__version__", "diagnostics", "functional"]
 
 if TYPE_CHECKING:
     from mmi_loss import diagnostics, functional

@@ -23,7 +23,7 @@ def canonical_correlations(z_a: Tensor, z_b: Tensor) -> Tensor:
 
 
 def effective_rank(z: Tensor) -> Tensor:
-    """exp of the entropy of the normalised covariance spectrum (Roy and Vetterli 2007): between 0 and D.
+    """Exp of the entropy of the normalised covariance spectrum (Roy and Vetterli 2007): between 0 and D.
 
     1 is a line, D an isotropic cloud of (N, D) embeddings; 0 is a constant.
     """

@@ -256,7 +256,7 @@ def _route(views: list[Tensor], ridge: float, options: Options, gather: bool) ->
 
 
 def _log_det(matrices: Tensor, options: Options, null_dim: int = 0) -> Tensor:
-    """log det of SPD matrices that have ``null_dim`` more eigenvalues, all 1, than is stored."""
+    """Log det of SPD matrices that have ``null_dim`` more eigenvalues, all 1, than is stored."""
     if options.logdet == "taylor":
         return logdets.series_log_det(matrices, options.order, options.beta, null_dim)
     return logdets.log_det(matrices)
@@ -273,7 +273,9 @@ def _count_and_mean(views: Sequence[Tensor], gather: bool) -> tuple[float | Tens
             total = total + view.sum(1)
         count: float | Tensor = views[0].shape[1]
         if gather:
-            packed = distributed.sum_constant(torch.cat([total.flatten(), total.new_full((1,), count)]))
+            packed = distributed.sum_constant(
+                torch.cat([total.flatten(), total.new_full((1,), float(views[0].shape[1]))])
+            )
             total, count = packed[:-1].view_as(total), packed[-1]
         return count, (total / (len(views) * count))[:, None]
 
@@ -353,9 +355,7 @@ def _validate(views: Sequence[Tensor], options: Options) -> None:
                 "row i of every view must come from the same image"
             )
         if z.device != views[0].device:
-            raise ValueError(
-                f"{names[0]} and {name} must be on the same device, got {views[0].device} and {z.device}"
-            )
+            raise ValueError(f"{names[0]} and {name} must be on the same device, got {views[0].device} and {z.device}")
     samples, dim = views[0].shape
     if dim < 1:
         raise ValueError(f"{names[0]} must have at least one feature, got shape {tuple(views[0].shape)}")

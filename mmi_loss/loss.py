@@ -88,7 +88,18 @@ class MMILoss(nn.Module):
     ) -> None:
         super().__init__()
         self.options = Options(
-            objective, slice_dim, num_slices, seed, snr, ridge, logdet, order, beta, gather_distributed, impl, slice_kind
+            objective,
+            slice_dim,
+            num_slices,
+            seed,
+            snr,
+            ridge,
+            logdet,
+            order,
+            beta,
+            gather_distributed,
+            impl,
+            slice_kind,
         )
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 

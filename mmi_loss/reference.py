@@ -15,7 +15,7 @@ from torch import Tensor
 def log_dets(
     views: Sequence[Tensor], objective: str, ridge: float, order: int | None = None, beta: float = 1.0
 ) -> Tensor:
-    """log det(I + M_j / ridge) of every second-moment matrix M_j of an objective, (m, S), from views (S, N, k).
+    """Log det(I + M_j / ridge) of every second-moment matrix M_j of an objective, (m, S), from views (S, N, k).
 
     ``order`` takes the truncated series with rescaling ``beta`` in place of the exact logarithm.
     """

@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 
 class _Scatter(torch.autograd.Function):
     """S = X^T X. With dS symmetric, <G, dS> = <X (G + G^T), dX>: one product where autograd of ``x.mT @ x``
-    would take two."""
+    would take two.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ def variance_floor(mean: Tensor) -> Tensor:
     Without it a collapsed embedding would be standardised to unit-variance rounding noise.
     """
     resolution = torch.finfo(mean.dtype)
-    return (4 * resolution.eps * mean).square_().add_(resolution.tiny ** 0.75)
+    return (4 * resolution.eps * mean).square_().add_(resolution.tiny**0.75)
 
 
 def pooled_scatters(views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 
 def _cholesky(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Factor and log-determinant. Where LAPACK or cuSOLVER reports failure the log-determinant is NaN: both leave
-    finite numbers in the factor, and checking on the host would synchronise."""
+    finite numbers in the factor, and checking on the host would synchronise.
+    """
     factor, info = torch.linalg.cholesky_ex(matrices)
     log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).mul_(2)
     return factor, log_det.masked_fill_(info != 0, float("nan"))
@@ -112,8 +113,9 @@ class _SeriesLogDet(torch.autograd.Function):
 
 
 def _spectral_scale(matrices: Tensor, beta: float, null_dim: int) -> Tensor:
-    """c = (tr A^4)^(1/4) / beta. The norm is at least the largest eigenvalue, so every eigenvalue of A/c lies in
-    (0, beta], inside the series' disc of convergence (0, 2) about 1 for beta < 2."""
+    """C = (tr A^4)^(1/4) / beta. The norm is at least the largest eigenvalue, so every eigenvalue of A/c lies in
+    (0, beta], inside the series' disc of convergence (0, 2) about 1 for beta < 2.
+    """
     square = matrices @ matrices.mT
     # Normalised before the fourth power: float32 would overflow from 1e9.
     largest = square.detach().diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=1)

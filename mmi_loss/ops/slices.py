@@ -57,7 +57,9 @@ def gaussian_directions(
     half = (columns + 1) // 2
     counter = torch.arange(dim * half, dtype=torch.int32, device=step.device).view(dim, half)
     # 24 bits fill a float32 mantissa, so the numbers are the same for every dtype and device; +0.5 avoids log(0).
-    uniform = [((_mix(counter + _key(step, seed, s)) >> 8) & 0xFFFFFF).to(dtype).add_(0.5).mul_(2.0**-24) for s in (0, 1)]
+    uniform = [
+        ((_mix(counter + _key(step, seed, s)) >> 8) & 0xFFFFFF).to(dtype).add_(0.5).mul_(2.0**-24) for s in (0, 1)
+    ]
     radius = uniform[0].log_().mul_(-2.0).sqrt_()
     angle = uniform[1].mul_(2.0 * math.pi)
     return torch.cat([radius * angle.cos(), radius * angle.sin_()], dim=1)[:, :columns]
@@ -66,7 +68,8 @@ def gaussian_directions(
 class _TakeCoordinates(torch.autograd.Function):
     """Columns of ``z`` in the computing dtype. The untouched columns are still read once: their sum times zero is
     0, or NaN where an input is not finite, and is added to what is taken. A loss that skipped them would hide an
-    overflow from a GradScaler."""
+    overflow from a GradScaler.
+    """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,24 @@
+"""``python -m benchmarks COMMAND [OPTIONS]``: one command per question."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "demo": "MMI beside Barlow Twins and VICReg on real images, in minutes",
+}
+
+
+def main() -> int:
+    """Run a command's module: its ``main(arguments)`` parses the rest."""
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        print(__doc__, *(f"  {name:10} {text}" for name, text in COMMANDS.items()), sep="\n")
+        return 0 if sys.argv[1:] in ([], ["-h"], ["--help"]) else 2
+    # Only the chosen command's dependencies are imported.
+    importlib.import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

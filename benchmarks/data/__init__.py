@@ -1,0 +1,43 @@
+"""Data sets to pretrain and evaluate on, all as a :class:`Task`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+Batch = tuple[list[Tensor], Tensor]
+"""Two views (N, C, H, W) of each image and the labels (N,), as lightly's loaders give them."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What pretraining and evaluation need of a data set.
+
+    ``pretrain_batches(batch_size, seed)`` loads one epoch each time it is iterated. ``train`` and ``test`` iterate
+    over (images, labels) batches for the evaluators.
+    """
+
+    name: str
+    num_classes: int
+    channels: int
+    image_size: int
+    num_images: int
+    pretrain_batches: Callable[[int, int], Iterable[Batch]]
+    train: Callable[[], Iterable[tuple[Tensor, Tensor]]]
+    test: Callable[[], Iterable[tuple[Tensor, Tensor]]]
+
+
+def load(name: str, path: str | None, cache: Path, quick: bool = False) -> Task:
+    """``digits`` (embedded), or ``cifar10``, ``cifar100`` or ``imagefolder`` from ``path``."""
+    if name == "digits":
+        from benchmarks.data import digits
+
+        return digits.load(cache, num_views=8 if quick else digits.NUM_VIEWS)
+    from benchmarks.data import folders
+
+    if path is None:
+        raise SystemExit(f"--data {name} needs the folder it lies in: --data {name} PATH")
+    return folders.load(name, Path(path))

@@ -1,0 +1,29 @@
+"""Shared fixtures: reproducible data, quiet warnings where a test provokes them."""
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+hypothesis.settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("fuzz", max_examples=2000, deadline=None)
+hypothesis.settings.load_profile("ci")
+
+
+def views(n, dim, dtype=torch.float64, seed=0, noise=0.7):
+    """Two correlated views with mean, scale and a random mixing of the features."""
+    generator = torch.Generator().manual_seed(seed)
+    content = torch.randn(n, dim, generator=generator, dtype=torch.float64)
+    mixing = torch.randn(dim, dim, generator=generator, dtype=torch.float64) / dim**0.5 + torch.eye(dim)
+    pair = []
+    for _ in range(2):
+        z = (content + noise * torch.randn(n, dim, generator=generator, dtype=torch.float64)) @ mixing + 1.5
+        pair.append(z.to(dtype).requires_grad_())
+    return pair
+
+
+@pytest.fixture
+def starved_is_fine(recwarn):
+    """Joint and exchangeable estimates of few samples warn; here that is not the subject."""
+    return recwarn

@@ -1,0 +1,212 @@
+"""Precision, scales, non-finite and degenerate input: nothing silent, nothing wrong."""
+
+import pytest
+import torch
+from torch import nn
+
+from mmi_loss import MMILoss
+from mmi_loss.functional import OBJECTIVES, mmi_loss
+from tests.conftest import views
+
+pytestmark = pytest.mark.filterwarnings("ignore:objective=")
+
+ESTIMATORS = [
+    {"objective": objective, "slice_dim": slice_dim, "slice_kind": kind}
+    for objective in OBJECTIVES
+    for slice_dim, kind in ((None, "coordinates"), (8, "coordinates"), (8, "gaussian"))
+]
+SHAPES = [(40, 12), (6, 40)]
+
+
+def backward(pair, **options):
+    leaves = [z.detach().clone().requires_grad_() for z in pair]
+    loss = mmi_loss(*leaves, **options)
+    loss.backward()
+    return loss.detach(), [z.grad for z in leaves]
+
+
+@pytest.mark.parametrize("options", ESTIMATORS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_half_precision_at_any_scale(options, shape, dtype, scale):
+    """The inputs' rounding is the only error: the same numbers in float64 give the same loss."""
+    pair = [((z.detach() - 1.5) * scale / 3).to(dtype) for z in views(*shape)]
+    loss, grads = backward(pair, **options)
+    exact, exact_grads = backward([z.double() for z in pair], **options)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-4, abs=1e-5)
+    for grad, expected in zip(grads, exact_grads, strict=True):
+        assert grad.dtype == dtype
+        largest = expected.abs().max().item()
+        if largest < torch.finfo(dtype).max / 2 and largest > 1e-3:
+            error = (grad.double() - expected).abs().max().item()
+            assert error <= 2 * torch.finfo(dtype).eps * largest + torch.finfo(dtype).tiny
+
+
+@pytest.mark.parametrize("options", ESTIMATORS, ids=str)
+@pytest.mark.parametrize("scale", [1e-12, 1e-4, 1e4, 1e12])
+def test_loss_does_not_depend_on_the_scale(options, scale):
+    pair = [z.detach().float() for z in views(40, 12)]
+    scaled = mmi_loss(*(z * scale for z in pair), **options)
+    assert scaled.item() == pytest.approx(mmi_loss(*pair, **options).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("options", ESTIMATORS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_does_not_reach_the_loss(options, dtype):
+    layer = nn.Linear(12, 40)
+    z = [view.detach().float() for view in views(16, 12)]
+    with torch.autocast("cpu", dtype=dtype):
+        pair = [layer(view) for view in z]
+        loss = mmi_loss(*pair, **options)
+        assert pair[0].dtype == dtype
+        loss.backward()  # under autocast, as some scripts do
+    assert loss.dtype == torch.float32
+    exact = mmi_loss(*(p.double() for p in pair), **options)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
+    assert layer.weight.grad.isfinite().all()
+
+    leaves = [p.detach().float().requires_grad_() for p in pair]
+    with torch.autocast("cpu", dtype=dtype):
+        mmi_loss(*leaves, **options).backward()
+    _, grads = backward(leaves, **options)
+    torch.testing.assert_close(leaves[0].grad, grads[0])
+
+
+@pytest.mark.parametrize("options", ESTIMATORS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_non_finite_input_is_seen_in_loss_and_gradient(options, shape, value, dtype):
+    """Whichever feature holds it, taken or not: a GradScaler looks at gradients."""
+    for feature in range(0, shape[1], 5):
+        pair = [z.detach().to(dtype) for z in views(*shape)]
+        pair[1][2, feature] = value
+        loss, grads = backward(pair, **options)
+        assert not loss.isfinite()
+        assert not all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("options", ESTIMATORS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.0, 3.1, -1234.5])
+def test_collapsed_embeddings(options, shape, dtype, value):
+    pair = [torch.full(shape, value, dtype=dtype) for _ in range(2)]
+    loss, grads = backward(pair, **options)
+    assert loss.item() == pytest.approx(0, abs=1e-4)
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("options", ESTIMATORS, ids=str)
+def test_rank_one_dead_and_duplicated(options):
+    """Degenerate covariances are singular: the noise floor makes the loss finite."""
+    line = torch.randn(40, 1, generator=torch.Generator().manual_seed(0))
+    rank_one = line @ torch.ones(1, 12)
+    dead = views(40, 12)[0].detach().float()
+    dead[:, 3] = 7.0
+    duplicated = views(40, 12)[0].detach().float()
+    duplicated[20:] = duplicated[:20]
+    for ridge in (None, 1e-12):
+        for z in (rank_one, dead, duplicated):
+            loss, grads = backward([z, z.roll(1, 0)], ridge=ridge, **options)
+            assert loss.isfinite()
+            assert all(grad.isfinite().all() for grad in grads)
+            identical, _ = backward([z, z], ridge=ridge, **options)
+            assert identical.isfinite()
+
+
+@pytest.mark.parametrize("options", ESTIMATORS, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 2.0**24])
+def test_gradient_is_linear_in_its_input(options, scale):
+    pair = [z.detach().float() for z in views(40, 12)]
+    _, grads = backward(pair, **options)
+    leaves = [z.clone().requires_grad_() for z in pair]
+    (mmi_loss(*leaves, **options) * -3 * scale).backward()
+    torch.testing.assert_close(leaves[0].grad, -3 * scale * grads[0], rtol=1e-5, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("options", ESTIMATORS, ids=str)
+def test_layouts_and_partial_gradients(options):
+    pair = [z.detach() for z in views(20, 14)]
+    loss, grads = backward(pair, **options)
+    layouts = {
+        "transposed": [z.T.contiguous().T for z in pair],
+        "strided": [torch.stack([z, z], 1).flatten(0, 1)[::2] for z in pair],
+        "sliced": [torch.cat([z, z], 1)[:, :14] for z in pair],
+    }
+    for layout in layouts.values():
+        other, other_grads = backward(layout, **options)
+        torch.testing.assert_close(other, loss)
+        torch.testing.assert_close(other_grads, grads)
+    chunks = torch.cat(pair).requires_grad_()
+    mmi_loss(*chunks.chunk(2), **options).backward()
+    torch.testing.assert_close(chunks.grad, torch.cat(grads))
+    for needs in ((True, False), (False, True)):
+        leaves = [z.clone().requires_grad_(need) for z, need in zip(pair, needs, strict=True)]
+        mmi_loss(*leaves, **options).backward()
+        for leaf, grad, need in zip(leaves, grads, needs, strict=True):
+            if need:
+                torch.testing.assert_close(leaf.grad, grad)
+            else:
+                assert leaf.grad is None
+    with torch.no_grad():
+        torch.testing.assert_close(mmi_loss(*pair, **options), loss)
+    with torch.inference_mode():
+        torch.testing.assert_close(mmi_loss(*pair, **options), loss)
+
+
+def test_same_tensor_twice():
+    z = views(20, 14)[0].detach().requires_grad_()
+    mmi_loss(z, z).backward()
+    assert z.grad.isfinite().all()
+
+
+def test_slice_dim_beyond_the_features_takes_them_all():
+    pair = views(20, 14)
+    for slice_dim in (14, 15, 1000, None):
+        assert mmi_loss(*pair, slice_dim=slice_dim, num_slices=3) == mmi_loss(*pair)
+
+
+def test_mixed_precision_views_are_promoted():
+    z_a, z_b = views(20, 14, torch.float32)
+    assert mmi_loss(z_a.half(), z_b).dtype == torch.float32
+    assert mmi_loss(z_a.double(), z_b).dtype == torch.float64
+
+
+def test_second_derivative_is_refused():
+    pair = views(20, 14)
+    (grad,) = torch.autograd.grad(mmi_loss(*pair), pair[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_deterministic_algorithms():
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = [backward(views(20, 200), num_slices=2, slice_dim=16) for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1][0], results[1][1][0])
+
+
+def test_gradient_accumulation_adds():
+    pair = [z.detach().requires_grad_() for z in views(20, 14)]
+    loss_fn = MMILoss()
+    for _ in range(2):
+        (loss_fn(*pair) / 2).backward()
+    _, grads = backward(pair)
+    torch.testing.assert_close(pair[0].grad, grads[0])
+
+
+def test_more_information_is_a_lower_loss():
+    """Sign and order: identical views, noisy views, independent views."""
+    z, other = (view.detach() for view in views(400, 20))
+    independent = other[torch.randperm(400, generator=torch.Generator().manual_seed(0))]
+    for options in ESTIMATORS:
+        losses = [mmi_loss(z, partner, **options).item() for partner in (z, other, independent)]
+        assert losses == sorted(losses)
+        assert losses[0] < losses[1] - 0.05
+        assert losses[1] < losses[2] - 0.05

@@ -1,0 +1,164 @@
+"""Every custom Function: gradcheck in float64, second derivatives refused, random streams as promised."""
+
+import numpy as np
+import pytest
+import torch
+
+from mmi_loss.ops import covariance, gram, logdet, slices
+
+
+def spd(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape[:-1], 2 * shape[-1], generator=generator, dtype=torch.float64)
+    return (x @ x.mT / shape[-1] + 0.5 * torch.eye(shape[-1])).requires_grad_()
+
+
+def symmetric(matrix):
+    return (matrix + matrix.mT) / 2
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+
+
+FUNCTIONS = {
+    "scatter": (covariance.scatter, [normal(2, 5, 3)]),
+    "pooled_scatters": (lambda *z: covariance.pooled_scatters(z), [normal(2, 5, 3, seed=s) for s in range(4)]),
+    "signal_to_noise": (
+        lambda m, v: covariance.signal_to_noise(symmetric(m), v, 0.7),
+        [spd(2, 3, 4, 4), (normal(3, 4).detach().square() + 0.3).requires_grad_()],
+    ),
+    "log_det": (lambda a: logdet.log_det(symmetric(a)), [spd(2, 3, 4, 4)]),
+    "joint_log_dets": (lambda a: logdet.joint_log_dets(symmetric(a)), [spd(2, 6, 6)]),
+    "series_order_1": (lambda a: logdet.series_log_det(symmetric(a), 1, 1.0), [spd(2, 4, 4)]),
+    "series_order_4": (lambda a: logdet.series_log_det(symmetric(a), 4, 1.0, null_dim=3), [spd(2, 4, 4)]),
+    "series_order_5": (lambda a: logdet.series_log_det(symmetric(a), 5, 1.7), [spd(2, 4, 4)]),
+    "gram_of_one": (lambda a: gram.standardised_gram([a]), [normal(3, 6)]),
+    "gram_of_three": (lambda *z: gram.standardised_gram(z), [normal(3, 7, seed=s) for s in range(3)]),
+    "take_coordinates": (
+        lambda z: slices.take_coordinates(z, torch.tensor([[0, 3], [3, 4]]), torch.float64),
+        [normal(3, 5)],
+    ),
+    "project": (lambda z: slices.project(z, normal(5, 4, seed=3).detach(), 2, torch.float64), [normal(3, 5)]),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradcheck(name):
+    function, inputs = FUNCTIONS[name]
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "project"])
+def test_second_derivative_is_refused(name):
+    """``project`` is a plain matrix product; all others must not return a wrong second derivative."""
+    function, inputs = FUNCTIONS[name]
+    outputs = function(*inputs)
+    total = sum(o.square().sum() for o in (outputs if isinstance(outputs, tuple) else (outputs,)))
+    grads = torch.autograd.grad(total, inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
+
+
+def test_partial_gradients_of_a_gram_matrix():
+    z_a, z_b = normal(3, 6), normal(3, 6, seed=1)
+    both = torch.autograd.grad(gram.standardised_gram([z_a, z_b]).square().sum(), [z_a, z_b])
+    (alone,) = torch.autograd.grad(gram.standardised_gram([z_a.detach(), z_b]).square().sum(), [z_b])
+    torch.testing.assert_close(alone, both[1])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_helmert_is_orthonormal(size):
+    matrix = np.array(gram.helmert(size))
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(size), atol=1e-15)
+    np.testing.assert_allclose(matrix[1:].sum(1), 0, atol=1e-15)
+
+
+def test_log_det_of_an_indefinite_matrix_is_nan_with_nan_gradient():
+    matrices = torch.stack([torch.eye(3), torch.diag(torch.tensor([1.0, -1.0, 2.0]))]).requires_grad_()
+    log_dets = logdet.log_det(matrices)
+    log_dets.sum().backward()
+    assert log_dets[0] == 0
+    assert log_dets[1].isnan()
+    assert matrices.grad[0].isfinite().all()
+    assert matrices.grad[1].isnan().all()
+    joint = torch.diag(torch.tensor([1.0, 1.0, 1.0, -1.0])).requires_grad_()
+    assert logdet.joint_log_dets(joint).isnan().all()
+
+
+def test_series_is_an_upper_bound_for_beta_at_most_one():
+    for seed in range(5):
+        matrix = spd(6, 6, seed=seed)
+        for order in range(1, 8):
+            assert logdet.series_log_det(matrix, order, 1.0) >= logdet.log_det(matrix)
+
+
+def test_series_survives_large_eigenvalues_in_float32():
+    matrix = (spd(4, 4).detach() * 1e12).float()
+    assert logdet.series_log_det(matrix, 60, 1.0).item() == pytest.approx(logdet.log_det(matrix).item(), rel=0.02)
+
+
+def step(value):
+    return torch.tensor(value, dtype=torch.int64)
+
+
+def test_random_coordinates_are_distinct_and_uniform():
+    dim, k, steps = 40, 10, 2000
+    counts = torch.zeros(dim)
+    for t in range(steps):
+        indices = slices.random_coordinates(dim, k, 1, step(t), seed=0)[0]
+        assert len(indices.unique()) == k
+        counts[indices] += 1
+    expected = steps * k / dim
+    # Binomial counts: within five standard deviations, and not suspiciously even.
+    deviation = (steps * k / dim * (1 - k / dim)) ** 0.5
+    assert (counts - expected).abs().max() < 5 * deviation
+    assert counts.std() > 0.5 * deviation
+
+
+def test_random_streams_differ_in_step_seed_and_slice():
+    draws = [
+        slices.random_coordinates(1000, 20, 2, step(t), seed)
+        for t in (0, 1, 2**31, 2**32, 2**40)
+        for seed in (0, 1, -1, 2**40)
+    ]
+    sets = {tuple(indices.tolist()) for draw in draws for indices in draw}
+    assert len(sets) == 2 * len(draws)
+
+
+def test_random_streams_ignore_and_keep_the_global_state():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = slices.gaussian_directions(10, 4, 1, step(3), 0, torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert torch.equal(slices.gaussian_directions(10, 4, 1, step(3), 0, torch.float32), first)
+
+
+def test_coordinates_are_the_hashes_of_plain_integers():
+    """The generator restated with Python's integers: what any other backend has to reproduce."""
+
+    def mix(x):
+        x ^= x >> 16
+        x = x * 0x7FEB352D % 2**32
+        x ^= x >> 15
+        x = x * 0x846CA68B % 2**32
+        return x ^ x >> 16
+
+    dim, k, seed, t, stream = 100, 7, 5, 12345678901, 1
+    key = mix((t + seed * 0x9E3779B9) % 2**32)
+    key = mix((key + (t >> 31) * 0x85EBCA6B + stream * 0x27D4EB2F) % 2**32)
+    ranks = [mix((i + key) % 2**32) for i in range(dim)]
+    signed = [r - 2**32 if r >= 2**31 else r for r in ranks]
+    expected = sorted(sorted(range(dim), key=lambda i: -signed[i])[:k])
+    assert slices.random_coordinates(dim, k, 2, step(t), seed)[stream].tolist() == expected
+
+
+def test_gaussian_directions_are_standard_normal():
+    directions = slices.gaussian_directions(2000, 33, 1, step(0), 0, torch.float64)
+    assert directions.shape == (2000, 33)
+    flat = directions.flatten()
+    moments = [flat.mean(), flat.var() - 1, (flat**3).mean(), (flat**4).mean() - 3]
+    assert all(abs(m) < 0.08 for m in moments)
+    correlation = directions.T @ directions / 2000 - torch.eye(33)
+    assert correlation.abs().max() < 5 / 2000**0.5
