@@ -13,7 +13,7 @@ from mmi_loss import MMILoss
 
 @dataclass(frozen=True)
 class Method:
-    """A criterion of two (N, D) views: ``criterion(gather_distributed)``. ``learning_rate`` is LARS's, per 256 samples."""
+    """A criterion of two (N, D) views, made by ``criterion(gather_distributed)``, and LARS's rate per 256 samples."""
 
     title: str
     criterion: Callable[[bool], nn.Module]

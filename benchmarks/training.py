@@ -29,10 +29,10 @@ WEIGHT_DECAY = 1e-6
 class Settings:
     """The budget and the network, the same for every method."""
 
-    steps: int = 300
+    steps: int = 400
     batch_size: int = 256
     projector_dim: int = 1024
-    hidden_dim: int = 512
+    hidden_dim: int = 256
     backbone: str = "conv"
     devices: int = 1
     precision: str = "32-true"

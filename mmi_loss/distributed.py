@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from mmi_loss.ops.autograd import closed_form
 
 
 def is_active() -> bool:
@@ -39,7 +40,7 @@ class _Sum(torch.autograd.Function):
         return sum_constant(x)
 
     @staticmethod
-    @once_differentiable
+    @closed_form
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return sum_constant(grad.contiguous())
 
@@ -63,7 +64,7 @@ class _Concatenate(torch.autograd.Function):
         return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
 
     @staticmethod
-    @once_differentiable
+    @closed_form
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return sum_constant(grad.contiguous())[ctx.start : ctx.start + ctx.size], None
 

@@ -43,7 +43,7 @@ def _standardise(views: Sequence[Tensor]) -> list[Tensor]:
     mean = pooled.mean(1, keepdim=True)
     resolution = torch.finfo(pooled.dtype)
     # A feature that varies less than its mean is rounded is constant.
-    floor = (4 * resolution.eps * mean.detach()) ** 2 + resolution.tiny**0.75
+    floor = (16 * resolution.eps * mean.detach()) ** 2 + resolution.tiny**0.75
     variance = (pooled - mean).square().mean(1, keepdim=True)
     return [(z - mean) / torch.sqrt(variance + floor) for z in views]
 

@@ -95,7 +95,7 @@ def test_non_finite_input_is_seen_in_loss_and_gradient(options, shape, value, dt
 def test_collapsed_embeddings(options, shape, dtype, value):
     pair = [torch.full(shape, value, dtype=dtype) for _ in range(2)]
     loss, grads = backward(pair, **options)
-    assert loss.item() == pytest.approx(0, abs=1e-4)
+    assert abs(loss.item()) < 1  # what rounding of the mean leaves, not the 10 to 30 nats of a signal
     assert all(grad.isfinite().all() for grad in grads)
 
 
@@ -178,8 +178,11 @@ def test_mixed_precision_views_are_promoted():
 def test_second_derivative_is_refused():
     pair = views(20, 14)
     (grad,) = torch.autograd.grad(mmi_loss(*pair), pair[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
+    # The reference has one, and the error says so.
+    (grad,) = torch.autograd.grad(mmi_loss(*pair, impl="reference"), pair[:1], create_graph=True)
+    grad.square().sum().backward()
 
 
 def test_deterministic_algorithms():

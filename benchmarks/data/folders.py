@@ -21,7 +21,7 @@ NUM_WORKERS = 2
 
 
 def load(name: str, path: Path) -> Task:
-    """``cifar10`` and ``cifar100`` in torchvision's layout; ``imagefolder`` with ``train/`` and ``val/`` or ``test/``."""
+    """CIFAR in torchvision's layout; an image folder with ``train/`` and ``val/`` or ``test/``."""
     size = CIFAR_SIZE if name.startswith("cifar") else IMAGENET_SIZE
     views = VICRegTransform(input_size=size, gaussian_blur=0.0 if size == CIFAR_SIZE else 0.5)
     pretrain = _dataset(name, path, True, views)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from mmi_loss.ops.autograd import closed_form
 
 
 class _Scatter(torch.autograd.Function):
@@ -21,16 +22,36 @@ class _Scatter(torch.autograd.Function):
         return x.mT @ x
 
     @staticmethod
-    @once_differentiable
+    @closed_form
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            return x @ (grad + grad.mT)
+        return x @ (grad + grad.mT)
 
 
 def scatter(x: Tensor) -> Tensor:
     """(..., N, k) to the matrix of second moments times N, (..., k, k)."""
     result: Tensor = _Scatter.apply(x)
+    return result
+
+
+class _CrossScatter(torch.autograd.Function):
+    """S = X^T Y: <G, dS> = <Y G^T, dX> + <X G, dY>."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        return x.mT @ y
+
+    @staticmethod
+    @closed_form
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = ctx.saved_tensors
+        return y @ grad.mT, x @ grad
+
+
+def cross_scatter(x: Tensor, y: Tensor) -> Tensor:
+    """(..., N, k) and (..., N, l) to their cross moments times N, (..., k, l)."""
+    result: Tensor = _CrossScatter.apply(x, y)
     return result
 
 
@@ -54,7 +75,7 @@ class _SignalToNoise(torch.autograd.Function):
         return signal_to_noise
 
     @staticmethod
-    @once_differentiable
+    @closed_form
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         matrices, weight, variance = ctx.saved_tensors
         grad_variance = torch.einsum("m...ij,m...ij->...i", grad, matrices) / variance
@@ -77,7 +98,7 @@ def variance_floor(mean: Tensor) -> Tensor:
     Without it a collapsed embedding would be standardised to unit-variance rounding noise.
     """
     resolution = torch.finfo(mean.dtype)
-    return (4 * resolution.eps * mean).square_().add_(resolution.tiny**0.75)
+    return (16 * resolution.eps * mean).square_().add_(resolution.tiny**0.75)
 
 
 def pooled_scatters(views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

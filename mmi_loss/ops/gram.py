@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from mmi_loss.ops.autograd import closed_form
 from mmi_loss.ops.covariance import variance_floor
 
 
@@ -60,13 +60,12 @@ class _StandardisedGram(torch.autograd.Function):
         return rows @ rows.mT
 
     @staticmethod
-    @once_differentiable
+    @closed_form
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, inverse_std = ctx.saved_tensors
         num_views = ctx.num_views
         n = rows.shape[0] // num_views
-        with torch.autocast(rows.device.type, enabled=False):
-            grad_rows = (grad + grad.mT) @ rows
+        grad_rows = (grad + grad.mT) @ rows
         shrink = torch.linalg.vecdot(grad_rows, rows, dim=0).div_(-num_views * n)
         grad_rows.addcmul_(rows, shrink).mul_(inverse_std)
         grad_rows[:n] -= grad_rows[:n].mean(0)

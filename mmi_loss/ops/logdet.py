@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from mmi_loss.ops.autograd import closed_form
+from mmi_loss.ops.covariance import scatter
 
 
 def _cholesky(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,7 +31,7 @@ class _CholeskyLogDet(torch.autograd.Function):
         return log_det
 
     @staticmethod
-    @once_differentiable
+    @closed_form
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         factor, log_det = ctx.saved_tensors
         scale = grad + 0 * log_det
@@ -55,7 +57,7 @@ class _JointLogDets(torch.autograd.Function):
         return log_dets
 
     @staticmethod
-    @once_differentiable
+    @closed_form
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         factor, factor_b, log_dets = ctx.saved_tensors
         half = factor_b.shape[-1]
@@ -99,7 +101,7 @@ class _SeriesLogDet(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
+    @closed_form
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, scale, remainder = ctx.saved_tensors
         identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
@@ -116,7 +118,7 @@ def _spectral_scale(matrices: Tensor, beta: float, null_dim: int) -> Tensor:
     """C = (tr A^4)^(1/4) / beta. The norm is at least the largest eigenvalue, so every eigenvalue of A/c lies in
     (0, beta], inside the series' disc of convergence (0, 2) about 1 for beta < 2.
     """
-    square = matrices @ matrices.mT
+    square = scatter(matrices)
     # Normalised before the fourth power: float32 would overflow from 1e9.
     largest = square.detach().diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=1)
     fourth = (square / largest[..., None, None]).square().sum((-2, -1)) + null_dim / largest.square()

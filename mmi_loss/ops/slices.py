@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from mmi_loss.ops.autograd import closed_form
 
 
 def _wrap(value: int) -> int:
@@ -79,7 +80,7 @@ class _TakeCoordinates(torch.autograd.Function):
         return z.index_select(1, indices).to(dtype).add_(poison)
 
     @staticmethod
-    @once_differentiable
+    @closed_form
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (indices,) = ctx.saved_tensors
         # Slices may share a coordinate, hence add instead of copy; the sums of few terms fit the input's dtype.
@@ -95,7 +96,23 @@ def take_coordinates(z: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
     return taken.unflatten(1, (num_slices, slice_dim)).transpose(0, 1)
 
 
-def project(z: Tensor, directions: Tensor, num_slices: int, dtype: torch.dtype) -> Tensor:
-    """(N, D) times (D, S*k) to the slices (S, N, k), in ``dtype``."""
-    projected = z.to(dtype) @ directions
+class _Project(torch.autograd.Function):
+    """Y = Z P in the computing dtype; dZ = dY P^T in the input's."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, directions: Tensor) -> Tensor:
+        ctx.save_for_backward(directions)
+        ctx.dtype = z.dtype
+        return z.to(directions.dtype) @ directions
+
+    @staticmethod
+    @closed_form
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (directions,) = ctx.saved_tensors
+        return (grad @ directions.mT).to(ctx.dtype), None
+
+
+def project(z: Tensor, directions: Tensor, num_slices: int) -> Tensor:
+    """(N, D) times (D, S*k) to the slices (S, N, k), in the directions' dtype."""
+    projected: Tensor = _Project.apply(z, directions)
     return projected.unflatten(1, (num_slices, -1)).transpose(0, 1)
