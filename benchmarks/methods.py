@@ -26,6 +26,9 @@ METHODS = {
     "mmi_gaussian": Method(
         "MMI, Gaussian slice", lambda gather: MMILoss(slice_kind="gaussian", gather_distributed=gather), 32.0
     ),
+    "mmi_coordinates": Method(
+        "MMI, random coordinates", lambda gather: MMILoss(slice_kind="coordinates", gather_distributed=gather), 32.0
+    ),
     "mmi_all": Method("MMI, all features", lambda gather: MMILoss(slice_dim=None, gather_distributed=gather), 32.0),
     "mmi_joint_all": Method(
         "MMI joint, all features",

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 import torchvision
 from lightly.models import ResNetGenerator
-from lightly.models.modules.heads import BarlowTwinsProjectionHead
+from lightly.models.modules.heads import VICRegProjectionHead
 from lightly.models.utils import get_weight_decay_parameters
 from lightly.utils.lars import LARS
 from lightly.utils.scheduler import CosineWarmupScheduler
@@ -23,6 +23,7 @@ from benchmarks.data import Task
 
 WARMUP = 0.1
 WEIGHT_DECAY = 1e-6
+PLAIN_RATE = 0.0048 / 0.2
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Settings:
     steps: int = 400
     batch_size: int = 256
     projector_dim: int = 1024
-    hidden_dim: int = 256
+    head_layers: int = 2
     backbone: str = "conv"
     devices: int = 1
     precision: str = "32-true"
@@ -102,7 +103,9 @@ class Pretraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         decayed, plain = get_weight_decay_parameters([self.backbone, self.head])
-        groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+        # LARS adapts the rate of weights alone; biases and norms get plain SGD, at the ratio of Barlow Twins' schedule.
+        plain_rate = PLAIN_RATE * self.learning_rate
+        groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0, "lr": plain_rate}]
         optimizer = LARS(groups, lr=self.learning_rate, momentum=0.9, weight_decay=WEIGHT_DECAY)
         scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=int(WARMUP * self.steps), max_epochs=self.steps)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
@@ -149,7 +152,7 @@ def pretrain(
     if criterion is None:
         head: nn.Module = nn.Linear(features, task.num_classes)
     else:
-        head = BarlowTwinsProjectionHead(features, settings.hidden_dim, settings.projector_dim)
+        head = VICRegProjectionHead(features, settings.projector_dim, settings.projector_dim, settings.head_layers)
     module = Pretraining(
         backbone,
         head,

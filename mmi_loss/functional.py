@@ -40,7 +40,9 @@ OBJECTIVES = {
     "joint": (1, 1, -1),  # view a, view b, both
 }
 LOGDETS = ("cholesky", "taylor")
-SLICE_KINDS = ("coordinates", "gaussian")
+SLICE_KINDS = ("kronecker", "gaussian", "coordinates")
+MIXTURES = 8
+"""Random mixtures of feature blocks in a Kronecker slice: fewer learn worse, more cost more."""
 IMPLS = ("auto", "reference", "eager")
 
 
@@ -75,7 +77,7 @@ class Options:
     beta: float = DEFAULT_BETA
     gather_distributed: bool = False
     impl: str = "auto"
-    slice_kind: str = "coordinates"
+    slice_kind: str = "kronecker"
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -229,8 +231,9 @@ def _slice(views: Sequence[Tensor], step: int | Tensor, options: Options, dtype:
     if options.slice_kind == "coordinates":
         indices = slices.random_coordinates(dim, slice_dim, num_slices, step, options.seed)
         return [slices.take_coordinates(z, indices, dtype) for z in views]
-    directions = slices.gaussian_directions(dim, slice_dim, num_slices, step, options.seed, dtype)
-    return [slices.project(z, directions, num_slices) for z in views]
+    block_dim = 1 if options.slice_kind == "gaussian" else max(1, slice_dim // MIXTURES)
+    mixing = slices.mixing_matrix(dim, slice_dim, num_slices, block_dim, step, options.seed, dtype)
+    return [slices.project(z, mixing, slice_dim, num_slices, block_dim) for z in views]
 
 
 def _is_wide(objective: str, num_views: int, samples: int, dim: int) -> bool:

@@ -43,8 +43,9 @@ class MMILoss(nn.Module):
             every rank, and so is the gradient after DDP's averaging, also with unequal batches.
         impl: ``"auto"``; ``"eager"``: torch operations with closed-form gradients; ``"reference"``: slow and plain,
             for checking. A named one is never replaced by another.
-        slice_kind: ``"coordinates"``: random subsets of the features; ``"gaussian"``: random projections, bounded
-            by the k-sliced mutual information (Goldfeld et al. 2022).
+        slice_kind: ``"kronecker"``: 8 random mixtures of blocks of ``slice_dim / 8`` features; ``"gaussian"``: dense
+            random projections, whose mean is the k-sliced mutual information (Goldfeld et al. 2022);
+            ``"coordinates"``: random subsets of the features.
 
     Shape:
         - z_a, z_b: (N, D), N >= 2, float16, bfloat16, float32 or float64.
@@ -84,7 +85,7 @@ class MMILoss(nn.Module):
         beta: float = DEFAULT_BETA,
         gather_distributed: bool = False,
         impl: str = "auto",
-        slice_kind: str = "coordinates",
+        slice_kind: str = "kronecker",
     ) -> None:
         super().__init__()
         self.options = Options(

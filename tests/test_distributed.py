@@ -25,7 +25,8 @@ CASES = {
     f"{objective}-{name}": {"objective": objective, **options}
     for objective in OBJECTIVES
     for name, options in {
-        "coordinates": {"slice_dim": 5, "num_slices": 2},
+        "coordinates": {"slice_dim": 5, "num_slices": 2, "slice_kind": "coordinates"},
+        "kronecker": {"slice_dim": 16},
         "gaussian": {"slice_dim": 5, "slice_kind": "gaussian"},
         "all": {"slice_dim": None},
         "narrow": {},

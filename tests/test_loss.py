@@ -21,6 +21,7 @@ VARIANTS = {
     "default": {},
     "all_gram": {"slice_dim": None},
     "gaussian": {"slice_kind": "gaussian", "slice_dim": 16, "num_slices": 2},
+    "coordinates": {"slice_kind": "coordinates", "slice_dim": 16},
     "joint": {"objective": "joint", "slice_dim": 8},
     "joint_gram": {"objective": "joint", "slice_dim": None},
     "exchangeable": {"objective": "exchangeable", "slice_dim": 8},
@@ -115,6 +116,7 @@ def test_learning_decorrelates_and_aligns():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_compiles_whole(name):
+    torch._dynamo.reset()  # one recompilation limit per variant
     options = VARIANTS[name]
     eager, module = MMILoss(**options), MMILoss(**options)
     compiled = torch.compile(module, fullgraph=True)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:objective=")
 ESTIMATORS = [
     {"objective": objective, "slice_dim": slice_dim, "slice_kind": kind}
     for objective in OBJECTIVES
-    for slice_dim, kind in ((None, "coordinates"), (8, "coordinates"), (8, "gaussian"))
+    for slice_dim, kind in ((None, "kronecker"), (8, "kronecker"), (8, "coordinates"), (8, "gaussian"))
 ]
 SHAPES = [(40, 12), (6, 40)]
 
@@ -185,10 +185,11 @@ def test_second_derivative_is_refused():
     grad.square().sum().backward()
 
 
-def test_deterministic_algorithms():
+@pytest.mark.parametrize("kind", ["kronecker", "coordinates"])
+def test_deterministic_algorithms(kind):
     torch.use_deterministic_algorithms(True)
     try:
-        results = [backward(views(20, 200), num_slices=2, slice_dim=16) for _ in range(2)]
+        results = [backward(views(20, 200), num_slices=2, slice_dim=16, slice_kind=kind) for _ in range(2)]
     finally:
         torch.use_deterministic_algorithms(False)
     assert results[0][0] == results[1][0]

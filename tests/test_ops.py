@@ -40,7 +40,8 @@ FUNCTIONS = {
         lambda z: slices.take_coordinates(z, torch.tensor([[0, 3], [3, 4]]), torch.float64),
         [normal(3, 5)],
     ),
-    "project": (lambda z: slices.project(z, normal(5, 4, seed=3).detach(), 2), [normal(3, 5)]),
+    "project_dense": (lambda z: slices.project(z, normal(4, 5, seed=3).detach(), 2, 2, 1), [normal(3, 5)]),
+    "project_blocks": (lambda z: slices.project(z, normal(4, 3, seed=3).detach(), 3, 2, 2), [normal(3, 5)]),
 }
 
 
@@ -129,10 +130,10 @@ def test_random_streams_differ_in_step_seed_and_slice():
 def test_random_streams_ignore_and_keep_the_global_state():
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first = slices.gaussian_directions(10, 4, 1, step(3), 0, torch.float32)
+    first = slices.gaussian_matrix(10, 4, step(3), 0, torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
-    assert torch.equal(slices.gaussian_directions(10, 4, 1, step(3), 0, torch.float32), first)
+    assert torch.equal(slices.gaussian_matrix(10, 4, step(3), 0, torch.float32), first)
 
 
 def test_coordinates_are_the_hashes_of_plain_integers():
@@ -154,8 +155,8 @@ def test_coordinates_are_the_hashes_of_plain_integers():
     assert slices.random_coordinates(dim, k, 2, step(t), seed)[stream].tolist() == expected
 
 
-def test_gaussian_directions_are_standard_normal():
-    draws = [slices.gaussian_directions(2000, 33, 1, step(t), 0, torch.float64) for t in range(10)]
+def test_gaussian_matrix_is_standard_normal():
+    draws = [slices.gaussian_matrix(2000, 33, step(t), 0, torch.float64) for t in range(10)]
     assert draws[0].shape == (2000, 33)
     flat = torch.stack(draws).flatten()
     # Five standard errors of each sample moment.
@@ -164,3 +165,16 @@ def test_gaussian_directions_are_standard_normal():
     directions = draws[0]
     correlation = directions.T @ directions / 2000 - torch.eye(33)
     assert correlation.abs().max() < 5 / 2000**0.5
+
+
+@pytest.mark.parametrize(("dim", "slice_dim", "block_dim"), [(48, 16, 1), (48, 16, 2), (50, 17, 4), (9, 8, 1)])
+def test_projection_is_the_kronecker_product(dim, slice_dim, block_dim):
+    z = normal(5, dim).detach()
+    mixing = slices.mixing_matrix(dim, slice_dim, 2, block_dim, step(7), 3, torch.float64)
+    projected = slices.project(z, mixing, slice_dim, 2, block_dim)
+    rows = mixing.shape[0] // 2
+    for s in range(2):
+        kronecker = torch.kron(mixing[s * rows : (s + 1) * rows], torch.eye(block_dim, dtype=torch.float64))
+        expected = z @ kronecker[:slice_dim, :dim].T
+        torch.testing.assert_close(projected[s], expected)
+        assert torch.linalg.matrix_rank(expected) == 5

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmi_loss.ops.autograd import closed_form
@@ -50,13 +51,10 @@ def random_coordinates(dim: int, slice_dim: int, num_slices: int, step: Tensor, 
     return chosen.sort(dim=1).values
 
 
-def gaussian_directions(
-    dim: int, slice_dim: int, num_slices: int, step: Tensor, seed: int, dtype: torch.dtype
-) -> Tensor:
-    """A (dim, num_slices * slice_dim) matrix of standard normal entries (Box-Muller on two hash streams)."""
-    columns = num_slices * slice_dim
+def gaussian_matrix(rows: int, columns: int, step: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
+    """A (rows, columns) matrix of standard normal entries (Box-Muller on two hash streams)."""
     half = (columns + 1) // 2
-    counter = torch.arange(dim * half, dtype=torch.int32, device=step.device).view(dim, half)
+    counter = torch.arange(rows * half, dtype=torch.int32, device=step.device).view(rows, half)
     # 24 bits fill a float32 mantissa, so the numbers are the same for every dtype and device; +0.5 avoids log(0).
     uniform = [
         ((_mix(counter + _key(step, seed, s)) >> 8) & 0xFFFFFF).to(dtype).add_(0.5).mul_(2.0**-24) for s in (0, 1)
@@ -97,22 +95,44 @@ def take_coordinates(z: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Project(torch.autograd.Function):
-    """Y = Z P in the computing dtype; dZ = dY P^T in the input's."""
+    """Y_n = A Z_n with Z_n the features of sample n as a (blocks, block_dim) matrix; dZ_n = A^T dY_n."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, directions: Tensor) -> Tensor:
-        ctx.save_for_backward(directions)
-        ctx.dtype = z.dtype
-        return z.to(directions.dtype) @ directions
+    def forward(ctx: Any, z: Tensor, mixing: Tensor, block_dim: int) -> Tensor:
+        ctx.save_for_backward(mixing)
+        ctx.block_dim, ctx.dim, ctx.dtype = block_dim, z.shape[1], z.dtype
+        z = z.to(mixing.dtype)
+        if block_dim == 1:
+            return z @ mixing.mT
+        padding = mixing.shape[1] * block_dim - z.shape[1]
+        blocks = (F.pad(z, (0, padding)) if padding else z).reshape(len(z), -1, block_dim)
+        return torch.bmm(mixing.expand(len(z), -1, -1), blocks).flatten(1)
 
     @staticmethod
     @closed_form
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (directions,) = ctx.saved_tensors
-        return (grad @ directions.mT).to(ctx.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (mixing,) = ctx.saved_tensors
+        if ctx.block_dim == 1:
+            return (grad @ mixing).to(ctx.dtype), None, None
+        rows = grad.reshape(len(grad), -1, ctx.block_dim)
+        grad_z = torch.bmm(mixing.mT.expand(len(grad), -1, -1), rows).flatten(1)
+        return grad_z[:, : ctx.dim].to(ctx.dtype), None, None
 
 
-def project(z: Tensor, directions: Tensor, num_slices: int) -> Tensor:
-    """(N, D) times (D, S*k) to the slices (S, N, k), in the directions' dtype."""
-    projected: Tensor = _Project.apply(z, directions)
-    return projected.unflatten(1, (num_slices, -1)).transpose(0, 1)
+def mixing_matrix(
+    dim: int, slice_dim: int, num_slices: int, block_dim: int, step: Tensor, seed: int, dtype: torch.dtype
+) -> Tensor:
+    """The fresh Gaussian A (S * m, dim / block_dim) of a step's projections P = A^T kron I, for :func:`project`.
+
+    The features are cut into blocks of ``block_dim``, and each of the m = k / block_dim rows of a slice is a random
+    mixture of all blocks. ``block_dim=1`` is the dense Gaussian projection; larger blocks need as many times fewer
+    products, and the square of it fewer random numbers, and still every feature is read and gets a gradient.
+    """
+    rows, blocks = -(-slice_dim // block_dim), -(-dim // block_dim)
+    return gaussian_matrix(num_slices * rows, blocks, step, seed, dtype)
+
+
+def project(z: Tensor, mixing: Tensor, slice_dim: int, num_slices: int, block_dim: int) -> Tensor:
+    """(N, D) to the slices (S, N, k), in the dtype of ``mixing``."""
+    projected: Tensor = _Project.apply(z, mixing, block_dim)
+    return projected.unflatten(1, (num_slices, -1)).transpose(0, 1)[..., :slice_dim]
