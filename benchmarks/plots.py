@@ -50,3 +50,49 @@ def accuracy_over_steps(rows: list[dict[str, str]], titles: dict[str, str], path
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
+
+
+SPEED_LINES = {
+    "mmi": ("MMI (default)", "#d62728", "-"),
+    "mmi_all": ("MMI, all features", "#d62728", "--"),
+    "mmi_naive": ("MMI, naive autograd", "#ff9896", ":"),
+    "barlow_twins": ("Barlow Twins", "#2ca02c", "-"),
+    "vicreg": ("VICReg", "#1f77b4", "-"),
+    "frossl": ("FroSSL", "#9467bd", "-"),
+    "mmcr": ("MMCR", "#8c564b", "-"),
+    "lejepa": ("LeJEPA", "#e377c2", "-"),
+    "visreg": ("VISReg", "#bcbd22", "-"),
+    "simclr": ("SimCLR (NT-Xent)", "#17becf", "-"),
+    "mec": ("MEC", "#aec7e8", "-"),
+    "corinfomax": ("CorInfoMax", "#98df8a", "-"),
+    "floor": ("floor: copy the bytes", "#000000", ":"),
+}
+
+
+def speed(rows: list[dict[str, str]], stem: Path, n: int = 256) -> list[Path]:
+    """Time and peak memory against D at one N, log-log, forward and backward in float32."""
+    pictures = []
+    for column, label, name in (
+        ("median_ms", f"forward + backward, ms (N = {n})", "time"),
+        ("peak_extra_mib", f"peak extra memory, MiB (N = {n})", "memory"),
+    ):
+        figure, axis = plt.subplots(figsize=(6.5, 4.6), constrained_layout=True)
+        for loss, (title, colour, style) in SPEED_LINES.items():
+            points = sorted(
+                (int(r["d"]), float(r[column]))
+                for r in rows
+                if (r["loss"], int(r["n"]), r["pass"], r["precision"]) == (loss, n, "forward+backward", "float32")
+            )
+            points = [p for p in points if p[1] > 0]
+            if points:
+                width = 2.5 if loss == "mmi" else 1.2
+                axis.loglog(*zip(*points, strict=True), style, color=colour, label=title, linewidth=width, marker=".")
+        axis.set(xlabel="width of the projector, D", ylabel=label)
+        axis.set_xticks([128, 512, 2048, 8192], labels=["128", "512", "2048", "8192"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, ncols=2)
+        pictures.append(stem.with_name(f"{stem.name}-{name}.png"))
+        figure.savefig(pictures[-1], dpi=130)
+        plt.close(figure)
+    return pictures
