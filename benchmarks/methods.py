@@ -20,7 +20,8 @@ class Method:
     learning_rate: float
 
 
-# Each learning rate is the best of 1, 2, 4, 8, 16, 32, 64 as far as the grid had to be walked (digits, seed 0).
+# Rates are the best of a grid on the digits (seed 0, D=1024, 300 steps): MMI 16, 32; VICReg 8, 16;
+# Barlow Twins 0.2, 0.5, 1, 2, 8, 16.
 METHODS = {
     "mmi": Method("MMI", lambda gather: MMILoss(gather_distributed=gather), 32.0),
     "mmi_gaussian": Method(
@@ -35,6 +36,6 @@ METHODS = {
         lambda gather: MMILoss(objective="joint", slice_dim=None, gather_distributed=gather),
         32.0,
     ),
-    "barlow_twins": Method("Barlow Twins", lambda gather: BarlowTwinsLoss(gather_distributed=gather), 4.0),
+    "barlow_twins": Method("Barlow Twins", lambda gather: BarlowTwinsLoss(gather_distributed=gather), 1.0),
     "vicreg": Method("VICReg", lambda gather: VICRegLoss(gather_distributed=gather), 16.0),
 }

@@ -193,8 +193,9 @@ class _LogDets(NamedTuple):
 
 
 def _mutual_information(log_dets: Tensor, objective: str) -> Tensor:
-    per_slice = sum(weight / 2 * log_det for weight, log_det in zip(OBJECTIVES[objective], log_dets, strict=True))
-    return cast(Tensor, per_slice).mean()
+    means = log_dets.mean(1).unbind()
+    terms = [weight / 2 * mean for weight, mean in zip(OBJECTIVES[objective], means, strict=True)]
+    return sum(terms[1:], start=terms[0])
 
 
 def _log_dets(views: Sequence[Tensor], step: int | Tensor, options: Options) -> _LogDets:
@@ -285,18 +286,17 @@ def _count_and_mean(views: Sequence[Tensor], gather: bool) -> tuple[float | Tens
 
 def _pooled_log_dets(views: Sequence[Tensor], ridge: float, options: Options, gather: bool) -> Tensor:
     """Covariance route of exchangeable views: they share one mean, one covariance, one symmetric cross-covariance."""
-    num_views = len(views)
     count, mean = _count_and_mean(views, gather)
-    between, within = covariance.pooled_scatters([z - mean for z in views])
+    scatters = covariance.pooled_scatters(views, mean)
     if gather:
-        between, within = distributed.all_reduce_sum(torch.stack([between, within]))
-    total = (between + within) / (num_views * count)
+        scatters = distributed.all_reduce_sum(scatters)
+    per_view = 1 / len(views)
     if options.objective == "content":
-        moments = torch.stack([total, within / ((num_views - 1) * count)])
+        coefficients = [[per_view, per_view], [0.0, 1 / (len(views) - 1)]]  # total, within
     else:
-        moments = torch.stack([total, between / count, within / count])
-    variance = total.diagonal(dim1=-2, dim2=-1) + covariance.variance_floor(mean[:, 0])
-    return _log_det(covariance.signal_to_noise(moments, variance, ridge), options)
+        coefficients = [[per_view, per_view], [1.0, 0.0], [0.0, 1.0]]  # total, sum, difference
+    floor = covariance.variance_floor(mean[:, 0])
+    return _log_det(covariance.signal_to_noise(scatters / count, floor, coefficients, ridge), options)
 
 
 def _joint_log_dets(z_a: Tensor, z_b: Tensor, ridge: float, options: Options, gather: bool) -> Tensor:
@@ -310,8 +310,7 @@ def _joint_log_dets(z_a: Tensor, z_b: Tensor, ridge: float, options: Options, ga
     s_aa, s_ab, s_bb = scatters / count
     joint = torch.cat([torch.cat([s_aa, s_ab], -1), torch.cat([s_ab.mT, s_bb], -1)], -2)
     floor = covariance.variance_floor(torch.cat([mean_a, mean_b], -1)[:, 0])
-    variance = joint.diagonal(dim1=-2, dim2=-1) + floor
-    matrix = covariance.signal_to_noise(joint[None], variance, ridge)[0]
+    matrix = covariance.signal_to_noise(joint[None], floor, [[1.0]], ridge)[0]
     if options.logdet == "cholesky":
         return logdets.joint_log_dets(matrix)
     dim = z_a.shape[-1]
@@ -323,20 +322,18 @@ def _gram_log_dets(views: Sequence[Tensor], ridge: float, options: Options) -> T
     """Gram route, views (N, D) with fewer rows than features: log det(I_D + X^T X) = log det(I_N + X X^T)."""
     num_views, (n, dim) = len(views), views[0].shape
 
-    def log_det(second_moments: Tensor, feature_dim: int = dim) -> Tensor:
-        rows = second_moments.shape[-1]
-        identity = torch.eye(rows, dtype=second_moments.dtype, device=second_moments.device)
-        return _log_det(identity + second_moments / ridge, options, feature_dim - rows)
+    def log_det(products: Tensor, samples: int, feature_dim: int = dim) -> Tensor:
+        matrix = gram.identity_plus(products, 1 / (samples * ridge))
+        return _log_det(matrix, options, feature_dim - products.shape[-1])
 
     if options.objective == "joint":
-        gram_a, gram_b = (gram.standardised_gram([z]) / n for z in views)
-        return torch.stack([log_det(gram_a), log_det(gram_b), log_det(gram_a + gram_b, 2 * dim)])
+        gram_a, gram_b = (gram.standardised_gram([z]) for z in views)
+        return torch.stack([log_det(gram_a, n), log_det(gram_b, n), log_det(gram_a + gram_b, n, 2 * dim)])
     products = gram.standardised_gram(views)
-    total = log_det(products / (num_views * n))
-    within = products[n:, n:]
+    total, within = log_det(products, num_views * n), products[n:, n:]
     if options.objective == "content":
-        return torch.stack([total, log_det(within / ((num_views - 1) * n))])
-    return torch.stack([total, log_det(products[:n, :n] / n), log_det(within / n)])
+        return torch.stack([total, log_det(within, (num_views - 1) * n)])
+    return torch.stack([total, log_det(products[:n, :n], n), log_det(within, n)])
 
 
 def _validate(views: Sequence[Tensor], options: Options) -> None:

@@ -23,11 +23,14 @@ def normal(*shape, seed=0):
 
 FUNCTIONS = {
     "scatter": (covariance.scatter, [normal(2, 5, 3)]),
-    "pooled_scatters": (lambda *z: covariance.pooled_scatters(z), [normal(2, 5, 3, seed=s) for s in range(4)]),
+    "pooled_scatters": (
+        lambda *z: covariance.pooled_scatters(z, sum(z).mean(1, keepdim=True).detach() / 4),
+        [normal(2, 5, 3, seed=s) for s in range(4)],
+    ),
     "cross_scatter": (covariance.cross_scatter, [normal(2, 5, 3), normal(2, 5, 4, seed=1)]),
     "signal_to_noise": (
-        lambda m, v: symmetric(covariance.signal_to_noise(symmetric(m), v, 0.7)),
-        [spd(2, 3, 4, 4), (normal(3, 4).detach().square() + 0.3).requires_grad_()],
+        lambda m: symmetric(covariance.signal_to_noise(symmetric(m), torch.tensor(0.1), [[0.5, 0.5], [0, 2]], 0.7)),
+        [spd(2, 3, 4, 4)],
     ),
     "log_det": (lambda a: logdet.log_det(symmetric(a)), [spd(2, 3, 4, 4)]),
     "joint_log_dets": (lambda a: logdet.joint_log_dets(symmetric(a)), [spd(2, 6, 6)]),

@@ -84,6 +84,28 @@ class _StandardisedGram(torch.autograd.Function):
         return tuple(grads)
 
 
+class _IdentityPlus(torch.autograd.Function):
+    """I + c K, in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        result = matrix * scale
+        result.diagonal(dim1=-2, dim2=-1).add_(1)
+        return result
+
+    @staticmethod
+    @closed_form
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.scale, None
+
+
+def identity_plus(matrix: Tensor, scale: float) -> Tensor:
+    """I + scale * matrix for (..., n, n)."""
+    result: Tensor = _IdentityPlus.apply(matrix, scale)
+    return result
+
+
 def standardised_gram(views: Sequence[Tensor]) -> Tensor:
     """V views (N, D) to the (V N, V N) Gram matrix of their standardised Helmert contrasts.
 

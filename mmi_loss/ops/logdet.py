@@ -15,7 +15,8 @@ def _cholesky(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Factor and log-determinant. Where LAPACK or cuSOLVER reports failure the log-determinant is NaN: both leave
     finite numbers in the factor, and checking on the host would synchronise.
     """
-    factor, info = torch.linalg.cholesky_ex(matrices)
+    # The upper factor is LAPACK's layout of the lower one in row-major storage: it saves the transposition.
+    factor, info = torch.linalg.cholesky_ex(matrices, upper=True)
     log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).mul_(2)
     return factor, log_det.masked_fill_(info != 0, float("nan"))
 
@@ -35,7 +36,7 @@ class _CholeskyLogDet(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         factor, log_det = ctx.saved_tensors
         scale = grad + 0 * log_det
-        return torch.cholesky_inverse(factor).mul_(scale[..., None, None])
+        return torch.cholesky_inverse(factor, upper=True).mul_(scale[..., None, None])
 
 
 class _JointLogDets(torch.autograd.Function):
@@ -62,9 +63,9 @@ class _JointLogDets(torch.autograd.Function):
         factor, factor_b, log_dets = ctx.saved_tensors
         half = factor_b.shape[-1]
         scale_a, scale_b, scale = (grad + 0 * log_dets)[..., None, None]
-        grad_joint = torch.cholesky_inverse(factor).mul_(scale)
-        grad_joint[..., :half, :half] += torch.cholesky_inverse(factor[..., :half, :half]).mul_(scale_a)
-        grad_joint[..., half:, half:] += torch.cholesky_inverse(factor_b).mul_(scale_b)
+        grad_joint = torch.cholesky_inverse(factor, upper=True).mul_(scale)
+        grad_joint[..., :half, :half] += torch.cholesky_inverse(factor[..., :half, :half], upper=True).mul_(scale_a)
+        grad_joint[..., half:, half:] += torch.cholesky_inverse(factor_b, upper=True).mul_(scale_b)
         return grad_joint
 
 
