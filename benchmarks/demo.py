@@ -54,6 +54,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=default.devices)
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--precision", default=default.precision, help="Lightning's: 32-true, 16-mixed, bf16-mixed")
+    parser.add_argument(
+        "--optimizer", choices=("lars", "adamw"), default=default.optimizer, help="adamw: one rate for all"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for results, picture and cache")
     parser.add_argument("--fresh", action="store_true", help="forget finished runs")
     return parser.parse_args(arguments)
@@ -65,7 +68,7 @@ def main(arguments: list[str]) -> None:
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # with --devices, Lightning starts this command once per rank
     console = Console(quiet=not is_first)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*(does not have many workers|objective=|GPU available|lr_scheduler).*")
+    warnings.filterwarnings("ignore", message=".*(does not have many workers|objective=|treespec|lr_scheduler).*")
     chosen: dict[str, Any] = {"steps": options.steps, "projector_dim": options.projector_dim}
     chosen = {**(QUICK if options.quick else {}), **{name: value for name, value in chosen.items() if value}}
     settings = dataclasses.replace(
@@ -74,6 +77,7 @@ def main(arguments: list[str]) -> None:
         backbone=options.backbone,
         devices=options.devices,
         precision=options.precision,
+        optimizer=options.optimizer,
     )
     seeds = range(1 if options.quick else options.seeds)
     name, path = options.data[0], options.data[1] if len(options.data) > 1 else None

@@ -24,19 +24,21 @@ from benchmarks.data import Task
 WARMUP = 0.1
 WEIGHT_DECAY = 1e-6
 PLAIN_RATE = 0.0048 / 0.2
+ADAMW_RATE = 2e-3
 
 
 @dataclass(frozen=True)
 class Settings:
     """The budget and the network, the same for every method."""
 
-    steps: int = 400
+    steps: int = 300
     batch_size: int = 256
     projector_dim: int = 1024
     head_layers: int = 2
     backbone: str = "conv"
     devices: int = 1
     precision: str = "32-true"
+    optimizer: str = "lars"
     evaluations: int = 6
 
 
@@ -78,11 +80,16 @@ class Pretraining(pl.LightningModule):
     """
 
     def __init__(
-        self, backbone: nn.Module, head: nn.Module, criterion: nn.Module | None, learning_rate: float, steps: int
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        criterion: nn.Module | None,
+        learning_rate: float,
+        settings: Settings,
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.criterion = backbone, head, criterion
-        self.learning_rate, self.steps = learning_rate, steps
+        self.learning_rate, self.settings = learning_rate, settings
         self.loss_seconds: list[float] = []
         self._clock = 0.0
 
@@ -103,12 +110,19 @@ class Pretraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         decayed, plain = get_weight_decay_parameters([self.backbone, self.head])
+        if self.settings.optimizer == "adamw":
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.parameters(), ADAMW_RATE)
+            return [optimizer], [self._schedule(optimizer)]
         # LARS adapts the rate of weights alone; biases and norms get plain SGD, at the ratio of Barlow Twins' schedule.
         plain_rate = PLAIN_RATE * self.learning_rate
         groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0, "lr": plain_rate}]
         optimizer = LARS(groups, lr=self.learning_rate, momentum=0.9, weight_decay=WEIGHT_DECAY)
-        scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=int(WARMUP * self.steps), max_epochs=self.steps)
-        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+        return [optimizer], [self._schedule(optimizer)]
+
+    def _schedule(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        steps = self.settings.steps
+        scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=int(WARMUP * steps), max_epochs=steps)
+        return {"scheduler": scheduler, "interval": "step"}
 
 
 class Watch(pl.Callback):
@@ -158,7 +172,7 @@ def pretrain(
         head,
         criterion(settings.devices > 1) if criterion else None,
         learning_rate * settings.batch_size * settings.devices / 256,
-        settings.steps,
+        settings,
     )
     watch = Watch(task, settings, on_step)
     if settings.steps:
@@ -168,7 +182,7 @@ def pretrain(
             accelerator=accelerator,
             devices=settings.devices,
             precision=settings.precision,  # type: ignore[arg-type]
-            sync_batchnorm=settings.devices > 1,
+            sync_batchnorm=settings.devices > 1 and torch.cuda.is_available() and accelerator != "cpu",
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

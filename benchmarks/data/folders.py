@@ -18,6 +18,7 @@ from benchmarks.data import Batch, Task
 IMAGENET_SIZE = 224
 CIFAR_SIZE = 32
 NUM_WORKERS = 2
+PERSISTENT = True
 
 
 def load(name: str, path: Path) -> Task:
@@ -37,7 +38,7 @@ def load(name: str, path: Path) -> Task:
             shuffle=True,
             drop_last=True,
             num_workers=NUM_WORKERS,
-            persistent_workers=True,
+            persistent_workers=PERSISTENT,
             generator=torch.Generator().manual_seed(seed),
         )
 

@@ -1,0 +1,100 @@
+"""The loaders, on small files in the data sets' own on-disk formats."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lightly", reason="lightly is not installed: pip install mmi-loss[bench]")
+pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install mmi-loss[bench]")
+
+from PIL import Image
+
+from benchmarks import data
+from benchmarks.data import digits
+
+
+def write_cifar(root, name):
+    """Python pickles as torchvision unpacks them: five training batches, or one for CIFAR-100."""
+    rng = np.random.default_rng(0)
+    coarse = name == "cifar100"
+    folder = root / ("cifar-100-python" if coarse else "cifar-10-batches-py")
+    folder.mkdir()
+    key = "fine_labels" if coarse else "labels"
+
+    def batch(count):
+        return {"data": rng.integers(0, 256, (count, 3072), dtype=np.uint8), key: [i % 10 for i in range(count)]}
+
+    names = ["train", "test"] if coarse else [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    for file in names:
+        (folder / file).write_bytes(pickle.dumps(batch(4)))
+    classes = [f"class{i}" for i in range(100 if coarse else 10)]
+    meta = {"fine_label_names": classes} if coarse else {"label_names": classes}
+    (folder / ("meta" if coarse else "batches.meta")).write_bytes(pickle.dumps(meta))
+
+
+def write_folders(root):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in ("cat", "dog", "owl"):
+            (root / split / label).mkdir(parents=True)
+            for i in range(2):
+                image = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
+                image.save(root / split / label / f"{i}.png")
+
+
+@pytest.mark.parametrize(("name", "classes", "images"), [("cifar10", 10, 20), ("cifar100", 100, 4)])
+def test_cifar(name, classes, images, tmp_path, monkeypatch):
+    write_cifar(tmp_path, name)
+    # The checksums are those of the real files.
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_, **__: True)
+    monkeypatch.setattr("benchmarks.data.folders.NUM_WORKERS", 0)
+    monkeypatch.setattr("benchmarks.data.folders.PERSISTENT", False)
+    task = data.load(name, str(tmp_path), tmp_path)
+    assert (task.num_classes, task.num_images, task.image_size) == (classes, images, 32)
+    (view_a, view_b), labels = next(iter(task.pretrain_batches(4, seed=0)))[:2]
+    assert view_a.shape == view_b.shape == (4, 3, 32, 32)
+    assert not torch.equal(view_a, view_b)
+    assert labels.shape == (4,)
+    test_images, _ = next(iter(task.test()))
+    assert test_images.shape == (4, 3, 32, 32)
+
+
+def test_image_folder(tmp_path, monkeypatch):
+    write_folders(tmp_path)
+    monkeypatch.setattr("benchmarks.data.folders.NUM_WORKERS", 0)
+    monkeypatch.setattr("benchmarks.data.folders.PERSISTENT", False)
+    task = data.load("imagefolder", str(tmp_path), tmp_path)
+    assert (task.num_classes, task.num_images) == (3, 6)
+    (view_a, _), _ = next(iter(task.pretrain_batches(2, seed=0)))[:2]
+    assert view_a.shape == (2, 3, 224, 224)
+
+
+def test_missing_data_is_said(tmp_path):
+    with pytest.raises(SystemExit, match="needs the folder"):
+        data.load("cifar10", None, tmp_path)
+    with pytest.raises(SystemExit, match="cifar10"):
+        data.load("cifar10", str(tmp_path), tmp_path)
+    with pytest.raises(SystemExit, match="no folder train"):
+        data.load("imagefolder", str(tmp_path), tmp_path)
+
+
+def test_digits(tmp_path):
+    task = digits.load(tmp_path, num_views=4)
+    assert (task.num_classes, task.num_images, task.channels) == (10, 1198, 1)
+    batches = list(task.pretrain_batches(256, seed=0))
+    assert len(batches) == 4
+    (view_a, view_b), labels = batches[0]
+    assert view_a.shape == view_b.shape == (256, 1, 16, 16)
+    assert not (view_a == view_b).flatten(1).all(1).any()
+    again, other = (next(iter(task.pretrain_batches(256, seed=s))) for s in (0, 1))
+    assert torch.equal(again[0][0], view_a)
+    assert not torch.equal(other[0][0], view_a)
+    # The cache holds what was drawn, and a half-written one is never taken for whole.
+    assert {path.name for path in tmp_path.iterdir()} == {"digits-train-4.pt", "digits-test.pt"}
+    assert torch.equal(next(iter(digits.load(tmp_path, num_views=4).pretrain_batches(256, 0)))[0][0], view_a)
+    images, _ = zip(*task.test(), strict=True)
+    assert torch.cat(images).shape == (599 * 4, 1, 16, 16)
+    with pytest.raises(SystemExit, match="exceeds the 1198 training images"):
+        task.pretrain_batches(2000, seed=0)
