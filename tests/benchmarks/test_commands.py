@@ -104,7 +104,7 @@ def test_speed(tmp_path, capsys):
     assert all(float(row["q1_ms"]) <= float(row["median_ms"]) <= float(row["q3_ms"]) for row in rows)
     assert all(row["torch"] and row["device"] and row["date"] for row in rows)
     assert {path.name for path in tmp_path.glob("*.png")} == {"speed-time.png", "speed-memory.png"}
-    assert "how many times the default" in capsys.readouterr().out
+    assert "barlow_twins" in capsys.readouterr().out
 
 
 def test_peak_memory_counts_temporaries_not_gradients():

@@ -85,7 +85,7 @@ def test_digits(tmp_path):
     assert (task.num_classes, task.num_images, task.channels) == (10, 1198, 1)
     batches = list(task.pretrain_batches(256, seed=0))
     assert len(batches) == 4
-    (view_a, view_b), labels = batches[0]
+    (view_a, view_b), _ = batches[0]
     assert view_a.shape == view_b.shape == (256, 1, 16, 16)
     assert not (view_a == view_b).flatten(1).all(1).any()
     again, other = (next(iter(task.pretrain_batches(256, seed=s))) for s in (0, 1))
