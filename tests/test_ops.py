@@ -39,6 +39,7 @@ FUNCTIONS = {
     "series_order_5": (lambda a: logdet.series_log_det(symmetric(a), 5, 1.7), [spd(2, 4, 4)]),
     "gram_of_one": (lambda a: gram.standardised_gram([a]), [normal(3, 6)]),
     "gram_of_three": (lambda *z: gram.standardised_gram(z), [normal(3, 7, seed=s) for s in range(3)]),
+    "identity_plus": (lambda a: gram.identity_plus(a, 0.3), [spd(2, 3, 3)]),
     "take_coordinates": (
         lambda z: slices.take_coordinates(z, torch.tensor([[0, 3], [3, 4]]), torch.float64),
         [normal(3, 5)],
@@ -58,7 +59,7 @@ def test_gradcheck(name):
 def test_second_derivative_is_refused(name):
     function, inputs = FUNCTIONS[name]
     outputs = function(*inputs)
-    total = sum(o.square().sum() for o in (outputs if isinstance(outputs, tuple) else (outputs,)))
+    total = sum(o.square().sum() for o in (outputs if isinstance(outputs, (tuple, list)) else (outputs,)))
     grads = torch.autograd.grad(total, inputs, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         sum(g.square().sum() for g in grads).backward()

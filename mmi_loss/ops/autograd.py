@@ -35,7 +35,11 @@ def closed_form(backward: Backward) -> Backward:
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, *grads: Tensor) -> Any:
-        with torch.no_grad(), torch.autocast(grads[0].device.type, enabled=False):
+        device_type = grads[0].device.type
+        is_plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled(device_type))
+        if is_plain and not torch.compiler.is_compiling():
+            return backward(ctx, *grads)  # entering contexts takes longer than a small operation
+        with torch.no_grad(), torch.autocast(device_type, enabled=False):
             outputs = backward(ctx, *grads)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return outputs
