@@ -146,8 +146,8 @@ def mmi_loss(z_a: Tensor, z_b: Tensor, *, step: int | Tensor = 0, **options: Any
     Example:
         >>> z = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
         >>> identical, independent = mmi_loss(z, z), mmi_loss(z, z.roll(1, 0))
-        >>> f"{identical:.1f} {independent:.1f}"
-        '-24.3 -0.8'
+        >>> bool(identical < -20 < independent < 0)
+        True
     """
     return loss([z_a, z_b], step, Options(**options))
 

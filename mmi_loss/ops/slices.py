@@ -105,7 +105,7 @@ class _Project(torch.autograd.Function):
         if block_dim == 1:
             return z @ mixing.mT
         padding = mixing.shape[1] * block_dim - z.shape[1]
-        blocks = (F.pad(z, (0, padding)) if padding else z).reshape(len(z), -1, block_dim)
+        blocks = (F.pad(z, (0, padding)) if padding else z).reshape(len(z), mixing.shape[1], block_dim)
         return torch.bmm(mixing.expand(len(z), -1, -1), blocks).flatten(1)
 
     @staticmethod
@@ -114,7 +114,7 @@ class _Project(torch.autograd.Function):
         (mixing,) = ctx.saved_tensors
         if ctx.block_dim == 1:
             return (grad @ mixing).to(ctx.dtype), None, None
-        rows = grad.reshape(len(grad), -1, ctx.block_dim)
+        rows = grad.reshape(len(grad), mixing.shape[0], ctx.block_dim)
         grad_z = torch.bmm(mixing.mT.expand(len(grad), -1, -1), rows).flatten(1)
         return grad_z[:, : ctx.dim].to(ctx.dtype), None, None
 
@@ -135,4 +135,4 @@ def mixing_matrix(
 def project(z: Tensor, mixing: Tensor, slice_dim: int, num_slices: int, block_dim: int) -> Tensor:
     """(N, D) to the slices (S, N, k), in the dtype of ``mixing``."""
     projected: Tensor = _Project.apply(z, mixing, block_dim)
-    return projected.unflatten(1, (num_slices, -1)).transpose(0, 1)[..., :slice_dim]
+    return projected.unflatten(1, (num_slices, projected.shape[1] // num_slices)).transpose(0, 1)[..., :slice_dim]
