@@ -33,12 +33,14 @@ DEFAULT_BETA = 1.0
 SAMPLES_PER_DIM = 8
 """Joint and exchangeable MI of fewer samples per dimension are mostly spurious; training then fails quietly."""
 
-# Weights of the log-determinants in 2 I, in the order in which the routes below return them.
+# Weights of the log-determinants in -2 I, twice the loss, in the order in which the routes below return them.
 OBJECTIVES = {
-    "content": (1, -1),  # total, within
-    "exchangeable": (2, -1, -1),  # total, sum, difference
-    "joint": (1, 1, -1),  # view a, view b, both
+    "content": (-1, 1),  # total, within
+    "exchangeable": (-2, 1, 1),  # total, sum, difference
+    "joint": (-1, -1, 1),  # view a, view b, both
 }
+Value = tuple[Tensor, Tensor]
+"""A loss with gradient and the constant log-determinants it is made of."""
 LOGDETS = ("cholesky", "taylor")
 SLICE_KINDS = ("kronecker", "gaussian", "coordinates")
 MIXTURES = 8
@@ -114,6 +116,10 @@ class Options:
         # would make singular matrices indefinite.
         return max(ridge, 8 * dim * torch.finfo(dtype).eps)
 
+    def log_det(self) -> logdets.LogDet:
+        """How log-determinants are taken."""
+        return logdets.Series(self.order, self.beta) if self.logdet == "taylor" else logdets.Cholesky()
+
 
 _CHOICES: dict[str, Sequence[str]] = {
     "objective": tuple(OBJECTIVES),
@@ -164,16 +170,15 @@ def mmi_loss_multiview(views: Sequence[Tensor], *, step: int | Tensor = 0, **opt
 
 def loss(views: Sequence[Tensor], step: int | Tensor, options: Options) -> Tensor:
     """The loss of validated options; :func:`mmi_loss` and :class:`mmi_loss.MMILoss` both call it."""
-    return -_mutual_information(_log_dets(views, step, options).values, options.objective)
+    return _estimate(views, step, options).loss
 
 
 def components(views: Sequence[Tensor], step: int | Tensor, options: Options) -> MMIComponents:
     """The loss of two views and the entropies it is made of."""
-    values, dim, ridge = _log_dets(views, step, options)
-    total = _mutual_information(values, options.objective)
+    value, log_dets, dim, ridge = _estimate(views, step, options)
     # log det(I + M / ridge) to the differential entropy of the features plus noise.
     constant = dim / 2 * (math.log(2 * math.pi * math.e) + math.log(ridge))
-    half = values.detach().mean(-1) / 2
+    half = log_dets.mean(-1) / 2
     entropy_a = half[0] + constant
     if options.objective == "joint":
         entropy_b, joint_entropy = half[1] + constant, half[2] + 2 * constant
@@ -181,52 +186,62 @@ def components(views: Sequence[Tensor], step: int | Tensor, options: Options) ->
         entropy_b, joint_entropy = entropy_a, half[1] + half[2] + 2 * constant
     else:
         entropy_b, joint_entropy = entropy_a, half[0] + half[1] + 2 * constant
-    return MMIComponents(-total, total.detach(), entropy_a, entropy_b, joint_entropy)
+    return MMIComponents(value, -value.detach(), entropy_a, entropy_b, joint_entropy)
 
 
-class _LogDets(NamedTuple):
-    """``values`` (m, S): the log-determinants of an objective for S slices of ``dim`` features."""
+class _Estimate(NamedTuple):
+    """The loss with gradient, the constant log-determinants (m, S) it is made of, the features in each, and the noise
+    floor under them.
+    """
 
-    values: Tensor
+    loss: Tensor
+    log_dets: Tensor
     dim: int
     ridge: float
 
 
-def _mutual_information(log_dets: Tensor, objective: str) -> Tensor:
-    means = log_dets.mean(1).unbind()
-    terms = [weight / 2 * mean for weight, mean in zip(OBJECTIVES[objective], means, strict=True)]
-    return sum(terms[1:], start=terms[0])
-
-
-def _log_dets(views: Sequence[Tensor], step: int | Tensor, options: Options) -> _LogDets:
+def _estimate(views: Sequence[Tensor], step: int | Tensor, options: Options) -> _Estimate:
     _validate(views, options)
-    gather = options.gather_distributed and distributed.is_active()
+    device_type = views[0].device.type
+    if not torch.is_autocast_enabled(device_type):  # entering a context takes longer than a small operation
+        return _estimate_in_full_precision(views, step, options)
     # Second moments and determinants of half precision numbers overflow or lose the signal.
-    with torch.autocast(views[0].device.type, enabled=False):
-        dtype = torch.float64 if any(z.dtype == torch.float64 for z in views) else torch.float32
-        sliced = _slice(views, step, options, dtype)
-        num_views, (_, samples, dim) = len(views), sliced[0].shape
-        ridge = options.noise_floor(dim, dtype)
-        if gather and (options.slice_dim is None or options.impl == "reference"):
-            # Whether N < D is known only after counting, and the Gram route needs the embeddings themselves.
-            sizes = distributed.batch_sizes(views[0])
-            samples = sum(sizes)
-            if options.impl == "reference" or _is_wide(options.objective, num_views, samples, dim):
-                sliced = [distributed.concatenate(z.transpose(0, 1), sizes).transpose(0, 1) for z in sliced]
-                gather = False
-        elif gather:  # a guess: the warning is not worth a wait
-            samples *= distributed.world_size()
-        _warn_if_starved(options.objective, samples, dim)
-        pairs = [sliced] if options.objective == "content" else [list(pair) for pair in combinations(sliced, 2)]
-        values = [_route(pair, ridge, options, gather) for pair in pairs]
-        return _LogDets(torch.stack(values).mean(0) if len(values) > 1 else values[0], dim, ridge)
+    with torch.autocast(device_type, enabled=False):
+        return _estimate_in_full_precision(views, step, options)
+
+
+def _estimate_in_full_precision(views: Sequence[Tensor], step: int | Tensor, options: Options) -> _Estimate:
+    gather = options.gather_distributed and distributed.is_active()
+    dtype = torch.float64 if any(z.dtype == torch.float64 for z in views) else torch.float32
+    sliced = _slice(views, step, options, dtype)
+    num_views, (samples, dim) = len(views), sliced[0].shape[-2:]
+    ridge = options.noise_floor(dim, dtype)
+    if gather and (options.slice_dim is None or options.impl == "reference"):
+        # Whether N < D is known only after counting, and the Gram route needs the embeddings themselves.
+        sizes = distributed.batch_sizes(views[0])
+        samples = sum(sizes)
+        if options.impl == "reference" or _is_wide(options.objective, num_views, samples, dim):
+            sliced = [distributed.concatenate(z.movedim(-2, 0), sizes).movedim(0, -2) for z in sliced]
+            gather = False
+    elif gather:  # a guess: the warning is not worth a wait
+        samples *= distributed.world_size()
+    _warn_if_starved(options.objective, samples, dim)
+    pairs = [sliced] if options.objective == "content" else [list(pair) for pair in combinations(sliced, 2)]
+    estimates = [_route(pair, ridge, options, gather) for pair in pairs]
+    value, log_dets = estimates[0] if len(pairs) == 1 else _mean(estimates)
+    return _Estimate(value, log_dets, dim, ridge)
+
+
+def _mean(estimates: Sequence[Value]) -> Value:
+    values, log_dets = zip(*estimates, strict=True)
+    return torch.stack(values).mean(0), torch.stack(log_dets).mean(0)
 
 
 def _slice(views: Sequence[Tensor], step: int | Tensor, options: Options, dtype: torch.dtype) -> list[Tensor]:
-    """All features as one slice (1, N, D), or the step's random slices (S, N, slice_dim), the same for all views."""
+    """All features (N, D), or the step's random slices (S, N, slice_dim), the same for all views."""
     dim, device = views[0].shape[1], views[0].device
     if options.slice_dim is None or options.slice_dim >= dim:
-        return [z.to(dtype)[None] for z in views]
+        return [z.to(dtype) for z in views]
     slice_dim, num_slices = options.slice_dim, options.num_slices
     step = torch.as_tensor(step, dtype=torch.int64, device=device)
     if options.slice_kind == "coordinates":
@@ -234,7 +249,7 @@ def _slice(views: Sequence[Tensor], step: int | Tensor, options: Options, dtype:
         return [slices.take_coordinates(z, indices, dtype) for z in views]
     block_dim = 1 if options.slice_kind == "gaussian" else max(1, slice_dim // MIXTURES)
     mixing = slices.mixing_matrix(dim, slice_dim, num_slices, block_dim, step, options.seed, dtype)
-    return [slices.project(z, mixing, slice_dim, num_slices, block_dim) for z in views]
+    return slices.project(views, mixing, slice_dim, num_slices, block_dim)
 
 
 def _is_wide(objective: str, num_views: int, samples: int, dim: int) -> bool:
@@ -243,66 +258,49 @@ def _is_wide(objective: str, num_views: int, samples: int, dim: int) -> bool:
     return rows < dim
 
 
-def _route(views: list[Tensor], ridge: float, options: Options, gather: bool) -> Tensor:
-    """The objective's log-determinants (m, S) from views (S, N, k)."""
-    num_views, (_, samples, dim) = len(views), views[0].shape
+def _route(views: list[Tensor], ridge: float, options: Options, gather: bool) -> Value:
+    """The loss from all features (N, D) or slices (S, N, k), and the log-determinants (m, S)."""
+    num_views, (samples, dim) = len(views), views[0].shape[-2:]
+    is_joint = options.objective == "joint"
     if options.impl == "reference":
-        return reference.log_dets(
-            views, options.objective, ridge, options.order if options.logdet == "taylor" else None, options.beta
-        )
+        order = options.order if options.logdet == "taylor" else None
+        stacked = [z.reshape(-1, samples, dim) for z in views]
+        log_dets = reference.log_dets(stacked, options.objective, ridge, order, options.beta)
+        return logdets.weighted_sum(log_dets.mean(1), OBJECTIVES[options.objective]), log_dets.detach()
     # The rows of the other ranks are not here: gathered statistics are covariances.
-    if not gather and _is_wide(options.objective, num_views, samples, dim):
-        per_slice = [_gram_log_dets([z[s] for z in views], ridge, options) for s in range(views[0].shape[0])]
-        return torch.stack(per_slice, dim=1)
-    if options.objective == "joint":
-        return _joint_log_dets(views[0], views[1], ridge, options, gather)
-    return _pooled_log_dets(views, ridge, options, gather)
+    if gather or not _is_wide(options.objective, num_views, samples, dim):
+        return _joint(views, ridge, options, gather) if is_joint else _pooled(views, ridge, options, gather)
+    gram_route = _joint_gram if is_joint else _pooled_gram
+    if views[0].ndim == 2:
+        value, log_dets = gram_route(views, ridge, options)
+        return value, log_dets[:, None]
+    values, log_dets_of_slices = zip(
+        *(gram_route([z[s] for z in views], ridge, options) for s in range(len(views[0]))), strict=True
+    )
+    return torch.stack(values).mean(), torch.stack(log_dets_of_slices, dim=1)
 
 
-def _log_det(matrices: Tensor, options: Options, null_dim: int = 0) -> Tensor:
-    """Log det of SPD matrices that have ``null_dim`` more eigenvalues, all 1, than is stored."""
-    if options.logdet == "taylor":
-        return logdets.series_log_det(matrices, options.order, options.beta, null_dim)
-    return logdets.log_det(matrices)
-
-
-def _count_and_mean(views: Sequence[Tensor], gather: bool) -> tuple[float | Tensor, Tensor]:
-    """The global number of samples and the mean (S, 1, k) pooled over samples and views.
-
-    The mean is a constant for the gradient: moments about it are stationary in it, its derivative vanishes.
-    """
-    with torch.no_grad():
-        total = views[0].sum(1)
-        for view in views[1:]:
-            total = total + view.sum(1)
-        count: float | Tensor = views[0].shape[1]
-        if gather:
-            packed = distributed.sum_constant(
-                torch.cat([total.flatten(), total.new_full((1,), float(views[0].shape[1]))])
-            )
-            total, count = packed[:-1].view_as(total), packed[-1]
-        return count, (total / (len(views) * count))[:, None]
-
-
-def _pooled_log_dets(views: Sequence[Tensor], ridge: float, options: Options, gather: bool) -> Tensor:
+def _pooled(views: list[Tensor], ridge: float, options: Options, gather: bool) -> Value:
     """Covariance route of exchangeable views: they share one mean, one covariance, one symmetric cross-covariance."""
-    count, mean = _count_and_mean(views, gather)
-    scatters = covariance.pooled_scatters(views, mean)
-    if gather:
-        scatters = distributed.all_reduce_sum(scatters)
-    per_view = 1 / len(views)
+    num_views = len(views)
+    # Squared norms of the contrasts' weights: the sum of all, then the differences.
+    norms = [num_views, *(i * (i + 1) for i in range(1, num_views))]
+    total = [1 / (num_views * norm) for norm in norms]
     if options.objective == "content":
-        coefficients = [[per_view, per_view], [0.0, 1 / (len(views) - 1)]]  # total, within
+        coefficients = [total, [0.0, *(1 / ((num_views - 1) * norm) for norm in norms[1:])]]
     else:
-        coefficients = [[per_view, per_view], [1.0, 0.0], [0.0, 1.0]]  # total, sum, difference
-    floor = covariance.variance_floor(mean[:, 0])
-    return _log_det(covariance.signal_to_noise(scatters / count, floor, coefficients, ridge), options)
+        coefficients = [total, [0.5, 0.0], [0.0, 0.5]]
+    reduce = distributed.sum_constant if gather else None
+    weights = OBJECTIVES[options.objective]
+    return covariance.pooled_loss(views, coefficients, weights, ridge, options.log_det(), reduce)
 
 
-def _joint_log_dets(z_a: Tensor, z_b: Tensor, ridge: float, options: Options, gather: bool) -> Tensor:
+def _joint(views: list[Tensor], ridge: float, options: Options, gather: bool) -> Value:
     """Covariance route of any two views, each with its own mean and variance."""
-    count, mean_a = _count_and_mean([z_a], gather)
-    _, mean_b = _count_and_mean([z_b], gather)
+    z_a, z_b = (z.reshape(-1, *z.shape[-2:]) for z in views)
+    reduce = distributed.sum_constant if gather else None
+    count, mean_a = covariance.count_and_mean([z_a], reduce)
+    _, mean_b = covariance.count_and_mean([z_b], reduce)
     x_a, x_b = z_a - mean_a, z_b - mean_b
     scatters = torch.stack([covariance.scatter(x_a), covariance.cross_scatter(x_a, x_b), covariance.scatter(x_b)])
     if gather:
@@ -310,30 +308,36 @@ def _joint_log_dets(z_a: Tensor, z_b: Tensor, ridge: float, options: Options, ga
     s_aa, s_ab, s_bb = scatters / count
     joint = torch.cat([torch.cat([s_aa, s_ab], -1), torch.cat([s_ab.mT, s_bb], -1)], -2)
     floor = covariance.variance_floor(torch.cat([mean_a, mean_b], -1)[:, 0])
-    matrix = covariance.signal_to_noise(joint[None], floor, [[1.0]], ridge)[0]
+    matrix = covariance.signal_to_noise(joint, floor, ridge)
     if options.logdet == "cholesky":
-        return logdets.joint_log_dets(matrix)
-    dim = z_a.shape[-1]
-    blocks = [matrix[..., :dim, :dim], matrix[..., dim:, dim:], matrix]
-    return torch.stack([_log_det(block, options) for block in blocks])
+        values = logdets.joint_log_dets(matrix)
+    else:
+        dim = z_a.shape[-1]
+        blocks = [matrix[..., :dim, :dim], matrix[..., dim:, dim:], matrix]
+        values = torch.stack([logdets.log_det(block, options.log_det()) for block in blocks])
+    return logdets.weighted_sum(values.mean(1), OBJECTIVES["joint"]), values.detach()
 
 
-def _gram_log_dets(views: Sequence[Tensor], ridge: float, options: Options) -> Tensor:
-    """Gram route, views (N, D) with fewer rows than features: log det(I_D + X^T X) = log det(I_N + X X^T)."""
-    num_views, (n, dim) = len(views), views[0].shape
+def _pooled_gram(views: list[Tensor], ridge: float, options: Options) -> Value:
+    """Gram route of exchangeable views (N, D): log det(I_D + X^T X) = log det(I_N + X X^T)."""
+    num_views = len(views)
+    all_contrasts, differences = (0, num_views, num_views), (1, num_views, num_views - 1)
+    blocks = [all_contrasts, differences] if options.objective == "content" else [all_contrasts, (0, 1, 1), differences]
+    weights = OBJECTIVES[options.objective]
+    return gram.pooled_loss(views, blocks, weights, ridge, options.log_det())
 
-    def log_det(products: Tensor, samples: int, feature_dim: int = dim) -> Tensor:
-        matrix = gram.identity_plus(products, 1 / (samples * ridge))
-        return _log_det(matrix, options, feature_dim - products.shape[-1])
 
-    if options.objective == "joint":
-        gram_a, gram_b = (gram.standardised_gram([z]) for z in views)
-        return torch.stack([log_det(gram_a, n), log_det(gram_b, n), log_det(gram_a + gram_b, n, 2 * dim)])
-    products = gram.standardised_gram(views)
-    total, within = log_det(products, num_views * n), products[n:, n:]
-    if options.objective == "content":
-        return torch.stack([total, log_det(within, (num_views - 1) * n)])
-    return torch.stack([total, log_det(products[:n, :n], n), log_det(within, n)])
+def _joint_gram(views: list[Tensor], ridge: float, options: Options) -> Value:
+    """Gram route of any two views (N, D)."""
+    n, dim = views[0].shape
+    gram_a, gram_b = (gram.standardised_gram(z, ridge) for z in views)
+    values = torch.stack(
+        [
+            logdets.log_det(gram.identity_plus(products), options.log_det(), feature_dim - n)
+            for products, feature_dim in ((gram_a, dim), (gram_b, dim), (gram_a + gram_b, 2 * dim))
+        ]
+    )
+    return logdets.weighted_sum(values, OBJECTIVES["joint"]), values.detach()
 
 
 def _validate(views: Sequence[Tensor], options: Options) -> None:

@@ -134,7 +134,7 @@ class MMILoss(nn.Module):
             self.step = self.step.to(z.device)
         step = self.step.clone()
         if self.training:
-            self.step += 1
+            self.step.add_(1)
         return step
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmi_loss.ops.autograd import closed_form
+from mmi_loss.ops.logdet import LogDet, weighted_sum
 
 Coefficients = Sequence[Sequence[float]]
+Reduce = Callable[[Tensor], Tensor]
 
 
 class _Scatter(torch.autograd.Function):
@@ -57,103 +59,176 @@ def cross_scatter(x: Tensor, y: Tensor) -> Tensor:
     return result
 
 
-class _PooledScatters(torch.autograd.Function):
-    """Scatters of the orthonormal Helmert contrasts of V centred views: u_0 = (x_1 + ... + x_V) / sqrt(V) gives
-    *between*, u_j = (x_1 + ... + x_j - j x_{j+1}) / sqrt(j (j + 1)) for j >= 1 add up to *within*.
+class _PooledLoss(torch.autograd.Function):
+    """L = 1/2 sum_j w_j log det A_j, averaged over slices, of V exchangeable views, with
 
-    dX_v = sum_j H_jv dU_j with dU_j = u_j (G + G^T) and H the contrasts' weights. The mean is a constant: moments
-    about it are stationary in it.
+        A_j = I + s M_j s / ridge,    M_j = sum_i c_ji U_i^T U_i / N,    s = diag(M_0 + floor)^{-1/2},
+
+    where U_i are the Helmert contrasts of the centred views, u_0 = x_1 + ... + x_V and
+    u_i = x_1 + ... + x_i - i x_{i+1}: u_0 holds what the views of an image share, the others how they differ, accurate
+    even where they nearly agree.
+
+    Backward, with F_j = dL/dA_j = w_j A_j^{-1} / 2 symmetric and elementwise weights s s^T / ridge:
+
+        dL/dM_j = F_j s s^T / ridge,  and through the variances v = diag(M_0) + floor, ds_i = -s_i^3 dv_i / 2,
+        dL/dv_i = -sum_j (F_j (A_j - I))_ii / v_i,  on the diagonal of M_0;
+        dU_i = U_i G_i,  G_i = 2 sum_j c_ji dL/dM_j / N,  and from contrasts back to views.
+
+    The mean is a constant: moments about it are stationary in it.
+
+    ``reduce`` sums a tensor over the processes that share the batch.
     """
 
     @staticmethod
-    def forward(ctx: Any, mean: Tensor, *views: Tensor) -> Tensor:
-        centred = [view - mean for view in views]
-        running, contrasts, norms = centred[0], [], [len(views)]
-        for j, view in enumerate(centred[1:], start=1):
-            contrasts.append(torch.sub(running, view, alpha=j))
-            norms.append(j * (j + 1))
-            running = running + view
-        contrasts.insert(0, running)
-        ctx.save_for_backward(*contrasts)
-        ctx.norms = norms
-        between, *within = ((u.mT @ u).div_(norm) for u, norm in zip(contrasts, norms, strict=True))
-        return torch.stack([between, sum(within[1:], start=within[0])])
+    def forward(
+        ctx: Any,
+        coefficients: Coefficients,
+        weights: Sequence[float],
+        ridge: float,
+        log_det: LogDet,
+        reduce: Reduce | None,
+        *views: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.shape = views[0].shape
+        views = tuple(view.reshape(-1, *view.shape[-2:]) for view in views)
+        count, mean = count_and_mean(views, reduce)
+        rows = views[0].new_empty((len(views), *views[0].shape))
+        running = torch.sub(views[0], mean, out=rows[0])
+        for i, view in enumerate(views[1:], start=1):
+            centred = view - mean
+            torch.sub(running, centred, alpha=i, out=rows[i])
+            running.add_(centred)
+        products = torch.matmul(rows.mT, rows)
+        if reduce is not None:
+            products = reduce(products)
+        moments = _combine(products, coefficients).div_(count)
+        variance = moments[0].diagonal(dim1=-2, dim2=-1) + variance_floor(mean[:, 0])
+        weight = _noise_weight(variance, ridge)
+        moments.mul_(weight)
+        matrices = moments.clone()
+        matrices.diagonal(dim1=-2, dim2=-1).add_(1)
+        log_dets, state = log_det.value(matrices)
+        loss = weighted_sum(log_dets.mean(-1), weights)
+        ctx.save_for_backward(rows, moments, weight, variance, *state)
+        ctx.coefficients, ctx.weights, ctx.count, ctx.log_det, ctx.reduce = (
+            coefficients,
+            weights,
+            count,
+            log_det,
+            reduce,
+        )
+        ctx.mark_non_differentiable(log_dets)
+        return loss, log_dets
 
     @staticmethod
     @closed_form
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        between, within = grad + grad.mT
-        first, *others = ctx.saved_tensors
-        total = first @ (between / ctx.norms[0])
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        rows, moments, weight, variance, *state = ctx.saved_tensors
+        grad_moments = ctx.log_det.derivative(*state).mul_(grad / variance.shape[0])
+        for j, w in enumerate(ctx.weights):
+            if w != 1:
+                grad_moments[j].mul_(w)
+        grad_variance = (grad_moments * moments).sum((0, -1)).div_(variance)
+        grad_moments.mul_(weight)
+        grad_moments[0].diagonal(dim1=-2, dim2=-1).sub_(grad_variance)
+        # The factors of F_j = w_j A_j^{-1} / 2 and of G_i = 2 sum_j c_ji dM_j cancel.
+        grad_products = _combine(grad_moments, list(zip(*ctx.coefficients, strict=True))).div_(ctx.count)
+        if ctx.reduce is not None:
+            grad_products = ctx.reduce(grad_products)
+        total, *others = torch.matmul(rows, grad_products)
         grads: list[Tensor] = []
         # A view is subtracted in one contrast and added in all after it: from the last to the first.
-        for v in range(len(others), 0, -1):
-            from_contrast = others[v - 1] @ (within / ctx.norms[v])
-            grads.insert(0, torch.sub(total, from_contrast, alpha=v))
-            total = total.add_(from_contrast)
-        return None, total, *grads
+        for i in range(len(others), 0, -1):
+            grads.insert(0, torch.sub(total, others[i - 1], alpha=i))
+            total.add_(others[i - 1])
+        return *(None,) * 5, *(grad.view(ctx.shape) for grad in (total, *grads))
 
 
-def pooled_scatters(views: Sequence[Tensor], mean: Tensor) -> Tensor:
-    """Between- and within-sample scatter, (2, ..., k, k), of V views (..., N, k) about their common ``mean``.
+def pooled_loss(
+    views: Sequence[Tensor],
+    coefficients: Coefficients,
+    weights: Sequence[float],
+    ridge: float,
+    log_det: LogDet,
+    reduce: Reduce | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Loss (a scalar, in nats) and the log-determinants (m, S) it is made of, of V views (S, N, k) or (N, k).
 
-    Their sum is the scatter of all views. *Within* is formed from differences of views, so it is accurate even where
-    the views nearly agree, and needs V - 1 products instead of V.
+    ``coefficients`` (m, V) combine the second moments of the V contrasts into m matrices; the first is the covariance
+    that standardises all. ``weights`` (m) are those of the log-determinants in twice the loss.
     """
-    result: Tensor = _PooledScatters.apply(mean, *views)
-    return result
+    loss, log_dets = _PooledLoss.apply(coefficients, weights, ridge, log_det, reduce, *views)
+    return loss, log_dets
 
 
 class _SignalToNoise(torch.autograd.Function):
-    """A_j = I + s M_j s / ridge, M_j = sum_i c_ji S_i, s = diag(v)^{-1/2}, v the diagonal of M_0 plus a floor.
+    """A = I + s M s / ridge, s = diag(v)^{-1/2}, v the diagonal of M plus a floor.
 
-    With w = s s^T / ridge and F_j = dL/dA_j symmetric, dL/dM_j = F_j w elementwise, and through the variances
-
-        dL/ds_i = 2 sum_j (F_j (A_j - I))_ii / s_i,  ds_i = -s_i^3 dv_i / 2
-        =>  dL/dv_i = -sum_j (F_j (A_j - I))_ii / v_i,
-
-    which belongs to the diagonal of M_0.
+    With F = dL/dA symmetric, dL/dM = F s s^T / ridge elementwise, and through the variances as above,
+    dL/dv_i = -(F (A - I))_ii / v_i on the diagonal.
     """
 
     @staticmethod
-    def forward(ctx: Any, scatters: Tensor, floor: Tensor, coefficients: Coefficients, ridge: float) -> Tensor:
-        moments = torch.stack([_combine(scatters, weights) for weights in coefficients])
-        variance = moments[0].diagonal(dim1=-2, dim2=-1) + floor
-        inverse_std = variance.rsqrt()
-        weight = inverse_std[..., :, None] * (inverse_std[..., None, :] / ridge)
-        moments *= weight
+    def forward(ctx: Any, moments: Tensor, floor: Tensor, ridge: float) -> Tensor:
+        variance = moments.diagonal(dim1=-2, dim2=-1) + floor
+        weight = _noise_weight(variance, ridge)
+        moments = moments * weight
         ctx.save_for_backward(moments, weight, variance)
-        ctx.coefficients = coefficients
         signal_to_noise = moments.clone()
         signal_to_noise.diagonal(dim1=-2, dim2=-1).add_(1)
         return signal_to_noise
 
     @staticmethod
     @closed_form
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         moments, weight, variance = ctx.saved_tensors
-        grad_variance = (grad * moments).sum((0, -1)).div_(variance)
         grad_moments = grad * weight
-        grad_moments[0].diagonal(dim1=-2, dim2=-1).sub_(grad_variance)
-        transposed = zip(*ctx.coefficients, strict=True)
-        return torch.stack([_combine(grad_moments, weights) for weights in transposed]), None, None, None
+        grad_moments.diagonal(dim1=-2, dim2=-1).sub_((grad * moments).sum(-1).div_(variance))
+        return grad_moments, None, None
 
 
-def _combine(matrices: Tensor, weights: Sequence[float]) -> Tensor:
-    """The weighted sum over the first dimension; zero weights cost nothing."""
-    terms = [matrix * weight for matrix, weight in zip(matrices, weights, strict=True) if weight]
-    return sum(terms[1:], start=terms[0])
+def signal_to_noise(moments: Tensor, floor: Tensor, ridge: float) -> Tensor:
+    """I + (standardised moments) / ridge, for symmetric second moments (..., k, k) about the mean.
 
-
-def signal_to_noise(scatters: Tensor, floor: Tensor, coefficients: Coefficients, ridge: float) -> Tensor:
-    """I + (standardised moments) / ridge for the moments that ``coefficients`` (m rows) combine from scatters.
-
-    ``scatters`` (c, ..., k, k), symmetric and divided by the number of samples, to (m, ..., k, k). The first moment's
-    diagonal, plus ``floor`` (..., k), is the variance that standardises all. The log det of the result is twice the
+    Their diagonal plus ``floor`` (..., k) is the variance that standardises. The log det of the result is twice the
     capacity, in nats, of a Gaussian channel with noise ``ridge`` in units of feature variance.
     """
-    result: Tensor = _SignalToNoise.apply(scatters, floor, coefficients, ridge)
+    result: Tensor = _SignalToNoise.apply(moments, floor, ridge)
     return result
+
+
+def _noise_weight(variance: Tensor, ridge: float) -> Tensor:
+    """The matrix s s^T / ridge that standardises second moments and measures them in units of the noise."""
+    inverse_std = variance.rsqrt()
+    return inverse_std[..., :, None] * (inverse_std[..., None, :] / ridge)
+
+
+def _combine(matrices: Tensor, coefficients: Coefficients) -> Tensor:
+    """Weighted sums over the first dimension, one per row of coefficients; zero weights cost nothing."""
+    combined = matrices.new_empty((len(coefficients), *matrices.shape[1:]))
+    for out, row in zip(combined, coefficients, strict=True):
+        (first, weight), *others = [(m, c) for m, c in zip(matrices, row, strict=True) if c]
+        torch.mul(first, weight, out=out)
+        for matrix, weight in others:
+            out.add_(matrix, alpha=weight)
+    return combined
+
+
+def count_and_mean(views: Sequence[Tensor], reduce: Reduce | None = None) -> tuple[float | Tensor, Tensor]:
+    """The number of samples and the mean (S, 1, k) pooled over samples, views and processes.
+
+    A constant for the gradient: moments about the mean are stationary in it, its derivative vanishes.
+    """
+    with torch.no_grad():
+        total = views[0].sum(1)
+        for view in views[1:]:
+            total += view.sum(1)
+        samples = views[0].shape[1]
+        count: float | Tensor = samples
+        if reduce is not None:
+            packed = reduce(torch.cat([total.flatten(), total.new_full((1,), samples)]))
+            total, count = packed[:-1].view_as(total), packed[-1]
+        return count, total.div_(len(views) * count)[:, None]
 
 
 def variance_floor(mean: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ identically. ``_mix`` is a bijection of the 32-bit integers (Ettinger's ``lowbia
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,19 +24,34 @@ def _wrap(value: int) -> int:
 
 
 def _mix(x: Tensor) -> Tensor:
-    # Arithmetic shifts are masked to logical ones; int32 products wrap.
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * 0x7FEB352D
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * _wrap(0x846CA68B)
-    return x ^ ((x >> 16) & 0xFFFF)
+    # Arithmetic shifts are masked to logical ones; int32 products wrap. The first new tensor is then reused.
+    x = ((x >> 16) & 0xFFFF).bitwise_xor_(x)
+    x.mul_(0x7FEB352D)
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF))
+    x.mul_(_wrap(0x846CA68B))
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
 
 
-def _key(step: Tensor, seed: int, stream: int) -> Tensor:
-    """A 32-bit key for one random stream of one step; ``step`` stays on its device."""
+def _mix_int(x: int) -> int:
+    """The same of one Python integer, in [0, 2^32)."""
+    x %= 2**32
+    x = (x ^ (x >> 16)) * 0x7FEB352D % 2**32
+    x = (x ^ (x >> 15)) * 0x846CA68B % 2**32
+    return x ^ (x >> 16)
+
+
+def _key(step: Tensor, seed: int, stream: int) -> Tensor | int:
+    """A 32-bit key for one random stream of one step.
+
+    ``step`` stays on its device, for reading it would wait. In eager mode on the CPU nothing waits, and two dozen tiny
+    operations are a few integers.
+    """
+    seed_key, stream_key = seed * 0x9E3779B9, (seed >> 32) * 0xC2B2AE35 + stream * 0x27D4EB2F
+    if type(step) is Tensor and step.device.type == "cpu" and not torch.compiler.is_compiling():
+        value = int(step)
+        return _wrap(_mix_int(_mix_int(value + seed_key) + (value >> 31) * 0x85EBCA6B + stream_key))
     low, high = step.to(torch.int32), (step >> 31).to(torch.int32)
-    key = _mix(low + _wrap(seed * 0x9E3779B9))
-    return _mix(key + high * _wrap(0x85EBCA6B) + _wrap((seed >> 32) * 0xC2B2AE35 + stream * 0x27D4EB2F))
+    return _mix(_mix(low + _wrap(seed_key)) + high * _wrap(0x85EBCA6B) + _wrap(stream_key))
 
 
 def random_coordinates(dim: int, slice_dim: int, num_slices: int, step: Tensor, seed: int) -> Tensor:
@@ -62,6 +78,12 @@ def gaussian_matrix(rows: int, columns: int, step: Tensor, seed: int, dtype: tor
     radius = uniform[0].log_().mul_(-2.0).sqrt_()
     angle = uniform[1].mul_(2.0 * math.pi)
     return torch.cat([radius * angle.cos(), radius * angle.sin_()], dim=1)[:, :columns]
+
+
+def uniform_matrix(rows: int, columns: int, step: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
+    """A (rows, columns) matrix of entries uniform in [-1, 1): the hash itself, as a number."""
+    counter = torch.arange(rows * columns, dtype=torch.int32, device=step.device)
+    return _mix(counter + _key(step, seed, 0)).to(dtype).mul_(2.0**-31).view(rows, columns)
 
 
 class _TakeCoordinates(torch.autograd.Function):
@@ -98,41 +120,62 @@ class _Project(torch.autograd.Function):
     """Y_n = A Z_n with Z_n the features of sample n as a (blocks, block_dim) matrix; dZ_n = A^T dY_n."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, mixing: Tensor, block_dim: int) -> Tensor:
+    def forward(
+        ctx: Any, mixing: Tensor, slice_dim: int, num_slices: int, block_dim: int, *views: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(mixing)
-        ctx.block_dim, ctx.dim, ctx.dtype = block_dim, z.shape[1], z.dtype
-        z = z.to(mixing.dtype)
-        if block_dim == 1:
-            return z @ mixing.mT
-        padding = mixing.shape[1] * block_dim - z.shape[1]
-        blocks = (F.pad(z, (0, padding)) if padding else z).reshape(len(z), mixing.shape[1], block_dim)
-        return torch.bmm(mixing.expand(len(z), -1, -1), blocks).flatten(1)
+        ctx.shape, ctx.block_dim, ctx.dtypes = views[0].shape, block_dim, [z.dtype for z in views]
+        n, dim = views[0].shape
+        padding = mixing.shape[1] * block_dim - dim
+        projections = []
+        for z in views:
+            z = z.to(mixing.dtype)
+            if block_dim == 1:
+                projected = z @ mixing.mT
+            else:
+                blocks = (F.pad(z, (0, padding)) if padding else z).reshape(n, mixing.shape[1], block_dim)
+                projected = torch.bmm(mixing.expand(n, -1, -1), blocks)
+            projections.append(projected.reshape(n, num_slices, -1)[..., :slice_dim].transpose(0, 1))
+        return tuple(projections)
 
     @staticmethod
     @closed_form
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (mixing,) = ctx.saved_tensors
-        if ctx.block_dim == 1:
-            return (grad @ mixing).to(ctx.dtype), None, None
-        rows = grad.reshape(len(grad), mixing.shape[0], ctx.block_dim)
-        grad_z = torch.bmm(mixing.mT.expand(len(grad), -1, -1), rows).flatten(1)
-        return grad_z[:, : ctx.dim].to(ctx.dtype), None, None
+        n, dim = ctx.shape
+        rows, blocks = mixing.shape
+        grad_views: list[Tensor | None] = []
+        for grad, is_needed, dtype in zip(grads, ctx.needs_input_grad[4:], ctx.dtypes, strict=True):
+            if not is_needed:
+                grad_views.append(None)
+                continue
+            width = rows * ctx.block_dim // len(grad)
+            grad = F.pad(grad, (0, width - grad.shape[-1])) if width > grad.shape[-1] else grad
+            if ctx.block_dim == 1:
+                grad_z = grad.transpose(0, 1).reshape(n, rows) @ mixing
+            else:
+                grad_rows = grad.transpose(0, 1).reshape(n, rows, ctx.block_dim)
+                grad_z = torch.bmm(mixing.mT.expand(n, -1, -1), grad_rows).view(n, blocks * ctx.block_dim)
+                grad_z = grad_z if grad_z.shape[1] == dim else grad_z[:, :dim]
+            grad_views.append(grad_z.to(dtype))
+        return None, None, None, None, *grad_views
 
 
 def mixing_matrix(
     dim: int, slice_dim: int, num_slices: int, block_dim: int, step: Tensor, seed: int, dtype: torch.dtype
 ) -> Tensor:
-    """The fresh Gaussian A (S * m, dim / block_dim) of a step's projections P = A^T kron I, for :func:`project`.
+    """The fresh random A (S * m, dim / block_dim) of a step's projections P = A^T kron I, for :func:`project`.
 
     The features are cut into blocks of ``block_dim``, and each of the m = k / block_dim rows of a slice is a random
     mixture of all blocks. ``block_dim=1`` is the dense Gaussian projection; larger blocks need as many times fewer
-    products, and the square of it fewer random numbers, and still every feature is read and gets a gradient.
+    products, and the square of it fewer random numbers, and still every feature is read and gets a gradient. Mixtures
+    have uniform weights: the loss does not see their scale, their sums are near Gaussian, and they cost a third.
     """
     rows, blocks = -(-slice_dim // block_dim), -(-dim // block_dim)
-    return gaussian_matrix(num_slices * rows, blocks, step, seed, dtype)
+    draw = gaussian_matrix if block_dim == 1 else uniform_matrix
+    return draw(num_slices * rows, blocks, step, seed, dtype)
 
 
-def project(z: Tensor, mixing: Tensor, slice_dim: int, num_slices: int, block_dim: int) -> Tensor:
-    """(N, D) to the slices (S, N, k), in the dtype of ``mixing``."""
-    projected: Tensor = _Project.apply(z, mixing, block_dim)
-    return projected.unflatten(1, (num_slices, projected.shape[1] // num_slices)).transpose(0, 1)[..., :slice_dim]
+def project(views: Sequence[Tensor], mixing: Tensor, slice_dim: int, num_slices: int, block_dim: int) -> list[Tensor]:
+    """Views (N, D) to their slices (S, N, k), in the dtype of ``mixing``."""
+    return list(_Project.apply(mixing, slice_dim, num_slices, block_dim, *views))
