@@ -142,7 +142,7 @@ def _train_missing(
             outcome = training.pretrain(
                 task,
                 known.criterion if known else None,
-                known.learning_rate if known else SUPERVISED_LEARNING_RATE,
+                _learning_rate(method, settings.optimizer),
                 seed,
                 dataclasses.replace(settings, steps=steps[method]),
                 lambda: progress.advance(bar),
@@ -162,6 +162,12 @@ def _train_missing(
             }
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 environment.append(results, row)
+
+
+def _learning_rate(method: str, optimizer: str) -> float:
+    if optimizer == "adamw":
+        return training.ADAMW_RATE
+    return METHODS[method].learning_rate if method in METHODS else SUPERVISED_LEARNING_RATE
 
 
 def _spread(values: list[float]) -> str:

@@ -40,24 +40,41 @@ class Settings:
     precision: str = "32-true"
     optimizer: str = "lars"
     evaluations: int = 6
+    hidden_dim: int | None = None
+    """Width of the projector's hidden layers; None: ``projector_dim``."""
 
 
 @dataclass
 class Outcome:
-    """What a run measured: accuracy over steps, final accuracies, and where the time went."""
+    """What a run measured: accuracy over steps, final accuracies, and where the time went.
+
+    ``measures`` is filled by ``pretrain(..., measure=True)``; accuracies are NaN if the run diverged.
+    """
 
     history: list[dict[str, float]] = field(default_factory=list)
     knn: float = float("nan")
     linear: float = float("nan")
     step_ms: float = float("nan")
     loss_ms: float = float("nan")
+    measures: dict[str, Any] = field(default_factory=dict)
 
 
 def make_backbone(name: str, channels: int, image_size: int) -> tuple[nn.Module, int]:
-    """A backbone that gives (N, features), and the number of features. ``conv`` is small enough for two CPU cores."""
-    if name == "conv":
+    """A backbone that gives (N, features), and the number of features.
+
+    ``conv`` is small enough for two CPU cores, ``tiny`` for hundreds of runs on them; ``mlp`` takes vectors.
+    """
+    if name == "mlp":
+        blocks: list[nn.Module] = []
+        for width in (256, 256, 128):
+            blocks += [nn.Linear(channels, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
+            channels = width
+        return nn.Sequential(*blocks), channels
+    if name in ("conv", "tiny"):
+        last = 2 if image_size >= 32 else 1
+        plan = {"conv": ((24, 2), (48, 2), (96, 1), (192, 2)), "tiny": ((16, 2), (32, 2), (64, last), (128, 2))}
         layers: list[nn.Module] = []
-        for width, stride in ((24, 2), (48, 2), (96, 1), (192, 2)):
+        for width, stride in plan[name]:
             layers += [nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
             channels = width
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), channels
@@ -69,7 +86,7 @@ def make_backbone(name: str, channels: int, image_size: int) -> tuple[nn.Module,
         features = resnet.fc.in_features
         resnet.fc = nn.Identity()
         return resnet, features
-    raise SystemExit(f"--backbone {name} is not one of conv, resnet18, resnet50")
+    raise SystemExit(f"--backbone {name} is not one of conv, tiny, mlp, resnet18, resnet50")
 
 
 class Pretraining(pl.LightningModule):
@@ -111,12 +128,13 @@ class Pretraining(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         decayed, plain = get_weight_decay_parameters([self.backbone, self.head])
         if self.settings.optimizer == "adamw":
-            optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.parameters(), ADAMW_RATE)
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate)
             return [optimizer], [self._schedule(optimizer)]
+        rate = self.learning_rate * self.settings.batch_size * self.settings.devices / 256
         # LARS adapts the rate of weights alone; biases and norms get plain SGD, at the ratio of Barlow Twins' schedule.
-        plain_rate = PLAIN_RATE * self.learning_rate
+        plain_rate = PLAIN_RATE * rate
         groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0, "lr": plain_rate}]
-        optimizer = LARS(groups, lr=self.learning_rate, momentum=0.9, weight_decay=WEIGHT_DECAY)
+        optimizer = LARS(groups, lr=rate, momentum=0.9, weight_decay=WEIGHT_DECAY)
         return [optimizer], [self._schedule(optimizer)]
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -128,8 +146,8 @@ class Pretraining(pl.LightningModule):
 class Watch(pl.Callback):
     """Evaluates along the way, times the steps and reports progress."""
 
-    def __init__(self, task: Task, settings: Settings, on_step: Callable[[], None]) -> None:
-        self.task, self.settings, self.on_step = task, settings, on_step
+    def __init__(self, task: Task, settings: Settings, on_step: Callable[[], None], measure: bool) -> None:
+        self.task, self.settings, self.on_step, self.measure = task, settings, on_step, measure
         self.history: list[dict[str, float]] = []
         self.step_seconds: list[float] = []
         self._start = 0.0
@@ -146,7 +164,10 @@ class Watch(pl.Callback):
             train, test = evaluation.features_of(module.backbone, self.task)
             accuracy = evaluation.knn_accuracy(train, test, self.task.num_classes)
             seconds = sum(self.step_seconds)
-            self.history.append({"step": trainer.global_step, "seconds": seconds, "knn": accuracy})
+            point = {"step": trainer.global_step, "seconds": seconds, "knn": accuracy}
+            if self.measure:
+                point |= evaluation.information(module.head, test, self.task)
+            self.history.append(point)
 
 
 def pretrain(
@@ -157,24 +178,28 @@ def pretrain(
     settings: Settings,
     on_step: Callable[[], None] = lambda: None,
     accelerator: str = "auto",
+    measure: bool = False,
 ) -> Outcome:
     """Train for ``settings.steps`` steps and evaluate. ``criterion=None`` trains the backbone with labels;
-    ``settings.steps=0`` leaves it untrained.
+    ``settings.steps=0`` leaves it untrained. ``measure`` adds information and spectra of held-out embeddings.
+
+    ``learning_rate`` is LARS's per 256 samples, or AdamW's, which is not scaled with the batch.
     """
     pl.seed_everything(seed, verbose=False)
     backbone, features = make_backbone(settings.backbone, task.channels, task.image_size)
     if criterion is None:
         head: nn.Module = nn.Linear(features, task.num_classes)
     else:
-        head = VICRegProjectionHead(features, settings.projector_dim, settings.projector_dim, settings.head_layers)
+        hidden = settings.hidden_dim or settings.projector_dim
+        head = VICRegProjectionHead(features, hidden, settings.projector_dim, settings.head_layers)
     module = Pretraining(
         backbone,
         head,
         criterion(settings.devices > 1) if criterion else None,
-        learning_rate * settings.batch_size * settings.devices / 256,
+        learning_rate,
         settings,
     )
-    watch = Watch(task, settings, on_step)
+    watch = Watch(task, settings, on_step, measure)
     if settings.steps:
         trainer = pl.Trainer(
             max_steps=settings.steps,
@@ -193,9 +218,15 @@ def pretrain(
             warnings.filterwarnings("ignore", category=UserWarning, module="pytorch_lightning|lightning")
             trainer.fit(module, task.pretrain_batches(settings.batch_size, seed))
     train, test = evaluation.features_of(module.backbone, task)
-    outcome = Outcome(watch.history, evaluation.knn_accuracy(train, test, task.num_classes))
-    outcome.linear = evaluation.linear_accuracy(train, test)
-    outcome.history.append({"step": settings.steps, "seconds": sum(watch.step_seconds), "knn": outcome.knn})
+    outcome = Outcome(watch.history)
+    if train[0].isfinite().all() and test[0].isfinite().all():
+        outcome.knn = evaluation.knn_accuracy(train, test, task.num_classes)
+        outcome.linear = evaluation.linear_accuracy(train, test)
+    last = {"step": settings.steps, "seconds": sum(watch.step_seconds), "knn": outcome.knn}
+    if measure and outcome.knn == outcome.knn:
+        last |= evaluation.information(module.head, test, task) if criterion else {}
+        outcome.measures = evaluation.measures(module.head if criterion else None, train, test, task)
+    outcome.history.append(last)
     if watch.step_seconds:
         outcome.step_ms = 1e3 * float(torch.tensor(watch.step_seconds).median())
     if module.loss_seconds and module.device.type == "cpu":

@@ -13,11 +13,21 @@ Batch = tuple[list[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Factors:
+    """Names of the latent factors, and their values (images, factors) in the order of ``train()`` and ``test()``."""
+
+    names: list[str]
+    train: Tensor
+    test: Tensor
+
+
+@dataclass(frozen=True)
 class Task:
     """What pretraining and evaluation need of a data set.
 
     ``pretrain_batches(batch_size, seed)`` loads one epoch each time it is iterated. ``train`` and ``test`` iterate
-    over (images, labels) batches for the evaluators.
+    over (images, labels) batches for the evaluators, ``views_per_image`` views of an image in a row (0: images as they
+    are, no views). ``factors`` holds the ground truth of every evaluated image, where it is known.
     """
 
     name: str
@@ -28,14 +38,24 @@ class Task:
     pretrain_batches: Callable[[int, int], Iterable[Batch]]
     train: Callable[[], Iterable[tuple[Tensor, Tensor]]]
     test: Callable[[], Iterable[tuple[Tensor, Tensor]]]
+    views_per_image: int = 0
+    factors: Factors | None = None
 
 
 def load(name: str, path: str | None, cache: Path, quick: bool = False) -> Task:
-    """``digits`` (embedded), or ``cifar10``, ``cifar100`` or ``imagefolder`` from ``path``."""
+    """``digits``, ``clutter``, ``latent`` (embedded), or ``cifar10``, ``cifar100``, ``imagefolder`` from ``path``."""
     if name == "digits":
         from benchmarks.data import digits
 
         return digits.load(cache, num_views=8 if quick else digits.NUM_VIEWS)
+    if name == "clutter":
+        from benchmarks.data import clutter
+
+        return clutter.load(cache, num_views=8 if quick else clutter.NUM_VIEWS)
+    if name == "latent":
+        from benchmarks.data import latent
+
+        return latent.load(cache)
     from benchmarks.data import folders
 
     if path is None:

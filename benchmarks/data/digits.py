@@ -2,18 +2,15 @@
 
 Every view of a digit is moved, rotated, scaled, changed in contrast and polarity, and noisy; so are the images of
 the evaluation. A representation is good here if it is invariant to what the views vary: raw pixels and an untrained
-network are not. The views of each image are drawn once and kept, so that the views, of which a batch draws two per
-image, cost nothing next to training, and all methods see the same ones.
+network are not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightly.transforms import RandomRotateDegrees
 from lightly.transforms.multi_view_transform import MultiViewTransform
 from PIL import Image
@@ -24,12 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 from torchvision.transforms import v2
 
-from benchmarks.data import Batch, Task
+from benchmarks.data import Task
+from benchmarks.data.views import PairsOfViews, cached, evaluation_batches
 
 SIZE = 16
 NUM_VIEWS = 32
 NUM_EVALUATION_VIEWS = 4
-BATCH = 512
 
 VIEW = T.Compose(
     [
@@ -62,31 +59,23 @@ class _Views(Dataset[Tensor]):
 
 def _draw_views(images: np.ndarray, num_views: int, cache: Path) -> Tensor:
     """(len(images), num_views, 1, SIZE, SIZE), from the cache if they were drawn before."""
-    if not cache.exists():
-        loader = DataLoader(_Views(images, num_views), batch_size=64, num_workers=2)
-        views = torch.cat(list(loader))
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_suffix(".partial")
-        torch.save(views, partial)
-        partial.replace(cache)
-    return torch.load(cache, weights_only=True)
+    return cached(cache, lambda: torch.cat(list(DataLoader(_Views(images, num_views), batch_size=64, num_workers=2))))
+
+
+def split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Training images (8-bit, 8 x 8), test images, training labels, test labels: two thirds and one third."""
+    data = load_digits()
+    images, labels = (data.images / 16 * 255).astype(np.uint8), data.target
+    parts = train_test_split(images, labels, test_size=1 / 3, random_state=0, stratify=labels)
+    return parts[0], parts[1], parts[2], parts[3]
 
 
 def load(cache: Path, num_views: int = NUM_VIEWS) -> Task:
     """Two thirds of the digits for training, one third for testing."""
-    data = load_digits()
-    images, labels = (data.images / 16 * 255).astype(np.uint8), data.target
-    split = train_test_split(images, labels, test_size=1 / 3, random_state=0, stratify=labels)
-    train_images, test_images, train_labels, test_labels = split
+    train_images, test_images, train_labels, test_labels = split()
     train_views = _draw_views(train_images, num_views, cache / f"digits-train-{num_views}.pt")
     test_views = _draw_views(test_images, NUM_EVALUATION_VIEWS, cache / "digits-test.pt")
     train_labels, test_labels = torch.from_numpy(train_labels), torch.from_numpy(test_labels)
-
-    def evaluation_batches(views: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        images = views[:, :NUM_EVALUATION_VIEWS].flatten(0, 1)
-        repeated = labels.repeat_interleave(NUM_EVALUATION_VIEWS)
-        for part in torch.arange(len(images)).split(BATCH):
-            yield images[part].float(), repeated[part]
 
     return Task(
         name="digits",
@@ -95,30 +84,7 @@ def load(cache: Path, num_views: int = NUM_VIEWS) -> Task:
         image_size=SIZE,
         num_images=len(train_views),
         pretrain_batches=lambda batch_size, seed: PairsOfViews(train_views, train_labels, batch_size, seed),
-        train=lambda: evaluation_batches(train_views, train_labels),
-        test=lambda: evaluation_batches(test_views, test_labels),
+        train=lambda: evaluation_batches(train_views, train_labels, NUM_EVALUATION_VIEWS),
+        test=lambda: evaluation_batches(test_views, test_labels, NUM_EVALUATION_VIEWS),
+        views_per_image=NUM_EVALUATION_VIEWS,
     )
-
-
-class PairsOfViews(Iterable[Batch]):
-    """Epochs of shuffled batches of two random distinct views per image; the last incomplete batch is dropped."""
-
-    def __init__(self, views: Tensor, labels: Tensor, batch_size: int, seed: int) -> None:
-        if batch_size > len(views):
-            raise SystemExit(f"--batch-size {batch_size} exceeds the {len(views)} training images")
-        self.views, self.labels, self.batch_size = views, labels, batch_size
-        self.seed = seed
-        self.generator: torch.Generator | None = None
-
-    def __len__(self) -> int:
-        return len(self.views) // self.batch_size
-
-    def __iter__(self) -> Iterator[Batch]:
-        if self.generator is None:  # every rank draws its own samples
-            rank = dist.get_rank() if dist.is_initialized() else 0
-            self.generator = torch.Generator().manual_seed(self.seed + 1_000_003 * rank)
-        order = torch.randperm(len(self.views), generator=self.generator)
-        for images in order.split(self.batch_size)[: len(self)]:
-            scores = torch.rand(len(images), self.views.shape[1], generator=self.generator)
-            first, second = scores.topk(2, dim=1).indices.T
-            yield [self.views[images, first].float(), self.views[images, second].float()], self.labels[images]
