@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,6 +20,15 @@ COLOURS = {
     "mmi_joint_all": "#ff9896",
     "supervised": "#7f7f7f",
     "untrained": "#bbbbbb",
+    "vicreg_fast": "#1f77b4",
+    "barlow_twins_fast": "#2ca02c",
+    "simclr": "#17becf",
+    "lejepa": "#e377c2",
+    "frossl": "#9467bd",
+    "wmse": "#8c564b",
+    "mmi_exchangeable": "#ff7f0e",
+    "mmi_joint": "#bcbd22",
+    "mmi_paper": "#f7b6d2",
 }
 
 
@@ -96,3 +107,213 @@ def speed(rows: list[dict[str, str]], stem: Path, n: int = 256) -> list[Path]:
         figure.savefig(pictures[-1], dpi=130)
         plt.close(figure)
     return pictures
+
+
+Row = dict[str, str]
+MIDDLE_DIM, MIDDLE_BATCH = 512, 256
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def _sizes(row: Row) -> tuple[int, int]:
+    return int(row["projector_dim"]), int(row["batch_size"])
+
+
+def _tasks(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(row["task"] for row in rows))
+
+
+def _style(method: str) -> dict[str, Any]:
+    ours = method == "mmi"
+    return {"color": COLOURS.get(method), "linewidth": 2.4 if ours else 1.3, "zorder": 5 if ours else 3}
+
+
+def _middle(rows: list[Row]) -> tuple[int, int]:
+    """D = 512, N = 256, or what was run instead."""
+    sizes = sorted({_sizes(row) for row in rows if row["method"] == "mmi"} or {_sizes(row) for row in rows})
+    return (MIDDLE_DIM, MIDDLE_BATCH) if (MIDDLE_DIM, MIDDLE_BATCH) in sizes else sizes[len(sizes) // 2]
+
+
+def steps_grid(rows: list[Row], titles: dict[str, str]) -> bytes:
+    """KNN accuracy over steps: a column per batch size, a row per task, at the middle width."""
+    dim, tasks = _middle(rows)[0], _tasks(rows)
+    sizes = sorted({_sizes(row)[1] for row in rows if row["method"] == "mmi"} or {_sizes(row)[1] for row in rows})
+    figure, axes = plt.subplots(
+        len(tasks), len(sizes), figsize=(3.6 * len(sizes) + 1.8, 2.7 * len(tasks)), layout="constrained", squeeze=False
+    )
+    for i, task in enumerate(tasks):
+        for axis, n in zip(axes[i], sizes, strict=True):
+            for method in titles:
+                found = [r for r in rows if (r["task"], r["method"], *_sizes(r)) == (task, method, dim, n)]
+                if method == "untrained":
+                    found = [r for r in rows if (r["task"], r["method"]) == (task, method)]
+                    if found:
+                        level = np.mean([float(r["knn"]) for r in found])
+                        axis.axhline(level, color=COLOURS[method], linestyle=":", label=titles[method])
+                    continue
+                if not found:
+                    continue
+                histories = [json.loads(r["history"]) for r in found]
+                length = min(map(len, histories))
+                knn = np.array([[point["knn"] for point in h[:length]] for h in histories])
+                step = [point["step"] for point in histories[0][:length]]
+                axis.plot(step, knn.mean(0), label=titles[method], marker="o", markersize=2.5, **_style(method))
+                axis.fill_between(step, knn.min(0), knn.max(0), color=COLOURS.get(method), alpha=0.12, linewidth=0)
+            axis.set_title(f"{task}, D = {dim}, N = {n}", fontsize=10)
+            axis.grid(alpha=0.3)
+        axes[i, 0].set_ylabel("kNN accuracy")
+    for axis in axes[-1]:
+        axis.set_xlabel("optimiser steps")
+    _legend(figure, axes)
+    return _png(figure)
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """One legend beside all axes, without repetitions."""
+    entries: dict[str, Any] = {}
+    for axis in np.ravel(axes):
+        handles, labels = axis.get_legend_handles_labels()
+        entries |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in entries}
+    figure.legend(entries.values(), entries.keys(), loc="outside right center", fontsize=9, frameon=False)
+
+
+def against_sizes(rows: list[Row], titles: dict[str, str]) -> bytes:
+    """Linear accuracy against D at the middle N, and against N at the middle D: a column per task."""
+    middle, tasks = _middle(rows), _tasks(rows)
+    figure, axes = plt.subplots(
+        2, len(tasks), figsize=(3.6 * len(tasks) + 1.8, 5.6), layout="constrained", squeeze=False
+    )
+    for column, task in enumerate(tasks):
+        for axis, free in zip(axes[:, column], (0, 1), strict=True):
+            ticks: set[int] = set()
+            for method in titles:
+                found = [r for r in rows if (r["task"], r["method"]) == (task, method)]
+                if method == "untrained":
+                    if found:
+                        level = np.mean([float(r["linear"]) for r in found])
+                        axis.axhline(level, color=COLOURS[method], linestyle=":", label=titles[method])
+                    continue
+                found = [r for r in found if _sizes(r)[1 - free] == middle[1 - free]]
+                x = sorted({_sizes(r)[free] for r in found})
+                if len(x) < 2:
+                    continue
+                ticks |= set(x)
+                y = [[float(r["linear"]) for r in found if _sizes(r)[free] == size] for size in x]
+                means = [np.mean(v) for v in y]
+                errors = [
+                    [m - min(v) for m, v in zip(means, y, strict=True)],
+                    [max(v) - m for m, v in zip(means, y, strict=True)],
+                ]
+                axis.errorbar(
+                    x, means, errors, label=titles[method], marker="o", markersize=3, capsize=2, **_style(method)
+                )
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(sorted(ticks), labels=[str(t) for t in sorted(ticks)])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+            axis.set_xlabel(("width of the projector, D", "batch size, N")[free])
+            axis.set_title(f"{task}, {'N' if free == 0 else 'D'} = {middle[1 - free]}", fontsize=10)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("linear probe")
+    _legend(figure, axes)
+    return _png(figure)
+
+
+def _first_seed(rows: list[Row], task: str) -> dict[str, Row]:
+    """The middle cell's row of the first seed, by method."""
+    dim, n = _middle(rows)
+    found: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda r: int(r["seed"])):
+        if row["task"] == task and (row["method"] == "untrained" or _sizes(row) == (dim, n)):
+            found.setdefault(row["method"], row)
+    return found
+
+
+def spectra(rows: list[Row], titles: dict[str, str]) -> bytes:
+    """Shares of variance per principal direction of features and projections, a column per task."""
+    tasks = _tasks(rows)
+    figure, axes = plt.subplots(2, len(tasks), figsize=(4.2 * len(tasks), 7.2), layout="constrained", squeeze=False)
+    for column, task in enumerate(tasks):
+        by_method = _first_seed(rows, task)
+        for axis, which in zip(axes[:, column], ("features", "projections"), strict=True):
+            for method in titles:
+                measured = json.loads(by_method[method]["measures"]).get(which) if method in by_method else None
+                if not measured or (method == "untrained" and which == "projections"):
+                    continue
+                shares = np.array(measured["shares"])
+                shares = shares[shares > 1e-7]
+                label = f"{titles[method]}: {measured['effective_rank']:.0f}"
+                axis.semilogy(np.arange(1, len(shares) + 1), shares, label=label, **_style(method))
+            axis.set_title(f"{task}: {'backbone features' if which == 'features' else 'projections'}", fontsize=10)
+            axis.set_ylim(bottom=1e-6)
+            axis.grid(alpha=0.3)
+            axis.set_xlabel("principal direction")
+            axis.legend(fontsize=6.5, title="effective rank", title_fontsize=7, ncols=2, loc="lower left")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("share of variance")
+    return _png(figure)
+
+
+def information(rows: list[Row], titles: dict[str, str]) -> bytes:
+    """Mutual information of held-out pairs over steps: corrected solid, plug-in dotted; a panel per task."""
+    tasks = _tasks(rows)
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(3.6 * len(tasks) + 1.8, 3.4), layout="constrained", squeeze=False
+    )
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for method, row in _first_seed(rows, task).items():
+            points = [point for point in json.loads(row["history"]) if "mi" in point]
+            if method == "untrained" or not points or method not in titles:
+                continue
+            step = [point["step"] for point in points]
+            axis.plot(
+                step,
+                [p["mi_corrected"] for p in points],
+                label=titles[method],
+                marker="o",
+                markersize=2.5,
+                **_style(method),
+            )
+            axis.plot(step, [p["mi"] for p in points], linestyle=":", **{**_style(method), "linewidth": 1})
+        axis.axhline(0, color="black", linewidth=0.6)
+        axis.set_title(task, fontsize=10)
+        axis.set_xlabel("optimiser steps")
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("mutual information, nats")
+    _legend(figure, axes)
+    return _png(figure)
+
+
+def factors(rows: list[Row], titles: dict[str, str]) -> bytes | None:
+    """R^2 of every content factor, and the nuisance factors' mean, per method, at the middle cell: a heat map."""
+    dim, n = _middle(rows)
+    lines: dict[str, list[float]] = {}
+    names: list[str] = []
+    for method in titles:
+        found = [
+            json.loads(row["measures"]).get("factors")
+            for row in rows
+            if row["method"] == method and (method == "untrained" or _sizes(row) == (dim, n))
+        ]
+        found = [r2 for r2 in found if r2]
+        if found:
+            names = [name for name in found[0] if name.startswith("c")]
+            content = [float(np.mean([r2[name] for r2 in found])) for name in names]
+            nuisance = float(np.mean([value for r2 in found for name, value in r2.items() if name.startswith("n")]))
+            lines[titles[method]] = [*content, nuisance]
+    if not lines:
+        return None
+    values = np.array(list(lines.values()))
+    figure, axis = plt.subplots(figsize=(9, 0.42 * len(lines) + 1.2), layout="constrained")
+    picture = axis.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if value < 0.6 else "black")
+    axis.set_xticks(range(len(names) + 1), labels=[*names, "nuisance"])
+    axis.set_yticks(range(len(lines)), labels=list(lines))
+    figure.colorbar(picture, label="R²")
+    return _png(figure)

@@ -1,0 +1,121 @@
+"""Methods x projector widths x batch sizes x seeds on the three embedded tasks, under one budget.
+
+Every method gets the same backbone, projector, views, steps and optimiser (AdamW), its loss with its library's
+published settings, and the best learning rate of a grid of its own (one cell per task, a seed that is not compared).
+Finished runs are kept: the same command goes on where it stopped. Ends with tables and a self-contained HTML report;
+``--report`` draws them from finished runs alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks import environment, grid, report
+from benchmarks.grid import Cell
+
+TASKS = ("digits", "clutter", "latent")
+DIMS = (128, 512, 2048)
+BATCH_SIZES = (64, 256, 512)
+CORE = ("mmi", "vicreg_fast", "barlow_twins_fast", "simclr", "lejepa")
+SECONDARY = ("mmi_exchangeable", "mmi_joint", "mmi_joint_all", "mmi_paper", "frossl", "wmse")
+METHODS = (grid.UNTRAINED, *CORE, *SECONDARY)
+SECONDARY_CELLS = ((512, 256), (2048, 64))
+WMSE_CELLS = ((128, 256), (128, 512))
+STEPS = {"digits": 150, "clutter": 200, "latent": 200}
+"""Optimiser steps at N = 256; others take 16 / sqrt(N) times as many, between equal steps and equal epochs."""
+
+RATES = (5e-4, 2e-3, 8e-3)
+RATE_FACTOR = 4.0
+MAX_RATE_ROUNDS = 3
+TUNING_SEED = 100
+TUNING_CELL = (512, 256)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command's options."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks compare", description=__doc__)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--dims", nargs="+", type=int, default=list(DIMS), help="widths D of the projector")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=list(BATCH_SIZES))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="optimiser steps at N = 256, in place of each task's own")
+    parser.add_argument("--rate", type=float, help="one learning rate for all, in place of the grids")
+    parser.add_argument("--workers", type=int, default=2, help="single-threaded processes")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder for results, report and cache")
+    parser.add_argument("--report", action="store_true", help="only draw the report of finished runs")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> None:
+    """Tune, run what is missing, then show the tables and write the report."""
+    options, console = parse(arguments), Console()
+    results, rates = options.out / "compare.csv", options.out / "compare-rates.csv"
+    if not options.report:
+        try:
+            chosen = {} if options.rate else tune(options, rates, console)
+            grid.run(cells(options, chosen), results, options.out / "cache", options.workers, console)
+        except KeyboardInterrupt:
+            console.print("\ninterrupted; the same command goes on from the last finished run")
+            sys.exit(130)
+    rows = environment.read(results)
+    if not rows:
+        raise SystemExit(f"{results} has no finished runs to report")
+    for table in report.tables(rows):
+        console.print(table)
+    console.print(f"report: {report.write(rows, environment.read(rates), results.with_suffix('.html'))}")
+
+
+def steps(task: str, batch_size: int, at_256: int | None = None) -> int:
+    """The budget of a run in optimiser steps."""
+    return max(1, round((at_256 or STEPS[task]) * (256 / batch_size) ** 0.5))
+
+
+def cells(options: argparse.Namespace, rates: dict[tuple[str, str], float]) -> list[Cell]:
+    """The comparison in the order of what matters: per seed the core on all cells, then the others on some."""
+    chosen = []
+    for seed in range(options.seeds):
+        for method in options.methods:
+            for dim, batch_size in _sizes(method, options):
+                for task in options.tasks:
+                    rate = options.rate or rates.get((task, method), 0.0)
+                    budget = steps(task, batch_size, options.steps)
+                    chosen.append(Cell(task, method, dim, batch_size, seed, rate, budget))
+    return chosen
+
+
+def _sizes(method: str, options: argparse.Namespace) -> list[tuple[int, int]]:
+    every = [(dim, batch_size) for dim in options.dims for batch_size in options.batch_sizes]
+    if method in CORE:
+        return every
+    if method == grid.UNTRAINED:
+        return every[:1]
+    # W-MSE whitens with the D x D covariance of a batch: the library demands N >= 2 D.
+    some = WMSE_CELLS if method == "wmse" else SECONDARY_CELLS
+    return [size for size in some if size in every]
+
+
+def tune(options: argparse.Namespace, path: Path, console: Console) -> dict[tuple[str, str], float]:
+    """The best learning rate of every task and method, from a grid that grows until it brackets the best one."""
+    tried = {
+        (task, method): list(RATES) for method in options.methods for task in options.tasks if method != grid.UNTRAINED
+    }
+    for _ in range(MAX_RATE_ROUNDS):
+        todo = [_tuning_cell(options, *which, rate) for which, tries in tried.items() for rate in tries]
+        grid.run(todo, path, options.out / "cache", options.workers, console)
+        best = report.best_rates(environment.read(path), todo)
+        for which, tries in tried.items():
+            if best[which] == min(tries):
+                tries.insert(0, min(tries) / RATE_FACTOR)
+            elif best[which] == max(tries):
+                tries.append(max(tries) * RATE_FACTOR)
+    return best
+
+
+def _tuning_cell(options: argparse.Namespace, task: str, method: str, rate: float) -> Cell:
+    dim, batch_size = WMSE_CELLS[0] if method == "wmse" else TUNING_CELL
+    return Cell(task, method, dim, batch_size, TUNING_SEED, rate, steps(task, batch_size, options.steps))
