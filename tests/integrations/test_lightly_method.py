@@ -1,0 +1,277 @@
+"""The method for lightly: by a plain Trainer, in lightly's own classes, and in its unmodified main.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+lightly = pytest.importorskip("lightly", reason="lightly is not installed: pip install mmi-loss[lightly]")
+pl = pytest.importorskip("pytorch_lightning", reason="pytorch_lightning is not installed")
+
+from lightly.loss import VICRegLoss  # noqa: E402
+from lightly.utils.benchmarking import BenchmarkModule, KNNClassifier, LinearClassifier, MetricCallback  # noqa: E402
+from mmi_loss.integrations.lightly import (  # noqa: E402
+    MMI,
+    MMIDiagnostics,
+    MMIProjectionHead,
+    MMITransform,
+    register,
+    transform,
+)
+from pytorch_lightning.demos.boring_classes import BoringModel  # noqa: E402
+
+from mmi_loss import MMILoss  # noqa: E402
+
+FEATURES = 16
+
+
+def backbone():
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, FEATURES, 3, 2),
+        torch.nn.BatchNorm2d(FEATURES),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+    )
+
+
+def model(**changes):
+    torch.manual_seed(0)
+    arguments = {"batch_size_per_device": 16, "num_classes": 10, "backbone": backbone(), "feature_dim": FEATURES}
+    arguments["projection_head"] = MMIProjectionHead(FEATURES, 32, 24)
+    return MMI(**{**arguments, **changes})
+
+
+def loader(views=True, size=48):
+    drawn = torchvision.datasets.FakeData(
+        size, (3, 16, 16), transform=MMITransform(input_size=16) if views else torchvision.transforms.ToTensor()
+    )
+    return torch.utils.data.DataLoader(drawn, batch_size=16, drop_last=views)
+
+
+def trainer(path, **changes):
+    options = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
+    options |= {"enable_model_summary": False, "enable_checkpointing": False, "default_root_dir": path}
+    return pl.Trainer(**{**options, **changes})
+
+
+class Logged(pl.Callback):
+    """Keeps what was logged in every step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.steps.append({name: float(value) for name, value in trainer.logged_metrics.items()})
+
+
+def test_trains_and_evaluates_by_lightlys_classes(tmp_path):
+    module, metrics = model(), MetricCallback()
+    before = [p.detach().clone() for p in module.parameters()]
+    fit = trainer(tmp_path, max_epochs=2, callbacks=[metrics])
+    fit.fit(module, loader(), loader(views=False))
+    assert "train_loss" in fit.callback_metrics
+    assert len(metrics.val_metrics["val_online_cls_top1"]) == 2
+    assert module.criterion.step == 6
+    assert all((p != q).any() for p, q in zip(before, module.parameters(), strict=True) if p.ndim > 1)
+    knn = KNNClassifier(module, num_classes=10, knn_k=5)
+    found = trainer(tmp_path).validate(knn, [loader(views=False)] * 2, verbose=False)
+    assert any("val_knn_top1" in name or "val_top1" in name for entry in found for name in entry)
+    linear = LinearClassifier(module, 16, feature_dim=module.online_classifier.feature_dim, num_classes=10)
+    trainer(tmp_path).fit(linear, loader(views=False), loader(views=False))
+
+
+def test_loss_falls(tmp_path):
+    """On images with something to learn: each class has a colour of its own."""
+    generator = torch.Generator().manual_seed(0)
+    colours = torch.rand(64, 3, 1, 1, generator=generator)
+    views = [colours + 0.1 * torch.randn(64, 3, 16, 16, generator=generator) for _ in range(2)]
+    batches = [([v.roll(0) for v in views], torch.zeros(64, dtype=torch.long))] * 40
+    logged = Logged()
+    trainer(tmp_path, callbacks=[logged]).fit(model(learning_rate=4.0, batch_size_per_device=64), batches)
+    losses = [step["train_loss"] for step in logged.steps]
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(1, 0), (10, 3), (300, 30)])
+def test_warmup_is_clamped(epochs, warmup, tmp_path):
+    """Ten epochs of three steps, at most a tenth of the run."""
+    module = model()
+    fit = trainer(tmp_path, max_epochs=epochs, callbacks=[_Stop()])
+    fit.fit(module, loader())
+    schedule = fit.lr_scheduler_configs[0].scheduler
+    assert (schedule.warmup_epochs, schedule.max_epochs) == (warmup, 3 * epochs)
+
+
+class _Stop(pl.Callback):
+    def on_train_batch_start(self, trainer, *_):
+        trainer.should_stop = True
+
+
+def test_by_steps_and_without_end(tmp_path):
+    fit = trainer(tmp_path, max_epochs=-1, max_steps=20, callbacks=[_Stop()])
+    fit.fit(model(), loader())
+    assert fit.lr_scheduler_configs[0].scheduler.warmup_epochs == 2
+    with pytest.raises(ValueError, match="max_epochs or max_steps"):
+        trainer(tmp_path, max_epochs=-1).fit(model(), loader())
+
+
+def test_defaults_are_lightlys_contract():
+    import inspect
+
+    parameters = inspect.signature(MMI.__init__).parameters
+    assert {"batch_size_per_device", "num_classes"} <= set(parameters)
+    assert not {"knn_k", "knn_t"} & set(parameters)  # these names switch main.py to two validation loaders
+    with torch.device("meta"):
+        default = MMI(batch_size_per_device=8, num_classes=3)
+        assert default(torch.empty(2, 3, 64, 64)).shape == (2, 2048)
+    assert default.online_classifier.feature_dim == 2048
+    assert default.online_classifier.topk == (1,)
+    assert default.criterion.options.gather_distributed
+    image = torchvision.transforms.functional.to_pil_image(torch.rand(3, 40, 40))
+    assert [view.shape for view in transform(image)] == [(3, 224, 224)] * 2
+
+
+def test_register():
+    methods = {"vicreg": {}}
+    register(methods)
+    register(methods)
+    assert methods["mmi"] == {"model": MMI, "transform": transform}
+    with pytest.raises(ValueError, match="another method called 'mmi'"):
+        register({"mmi": {"model": object}})
+
+
+def test_three_views_are_refused():
+    with pytest.raises(ValueError, match="two views per image, got 3"):
+        model().training_step(([torch.randn(4, 3, 16, 16)] * 3, torch.zeros(4, dtype=torch.long)), 0)
+
+
+NAMES = ["mutual_information", "entropy_a", "entropy_b", "joint_entropy", "min_canonical_correlation", "effective_rank"]
+
+
+def test_diagnostics_log_off_the_hot_path(tmp_path):
+    logged, module = Logged(), model()
+    trainer(tmp_path, max_epochs=2, callbacks=[MMIDiagnostics(every_n_steps=4), logged]).fit(module, loader())
+    measured = [all(f"mmi/{name}" in step for name in NAMES) for step in logged.steps]
+    # Lightning keeps a logged value until the next; steps 0 and 4 of 6 measure.
+    assert measured[0]
+    changed = [
+        i for i in range(1, 6) if logged.steps[i]["mmi/effective_rank"] != logged.steps[i - 1]["mmi/effective_rank"]
+    ]
+    assert changed == [4]
+    assert not module.projection_head._forward_hooks
+
+
+def test_diagnostics_values():
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(4096, 4, generator=generator)
+    noise = [torch.randn(4096, 4, generator=generator) for _ in range(2)]
+    measured = MMIDiagnostics().measure(*(0.8**0.5 * shared + 0.2**0.5 * e for e in noise))
+    # Four independent pairs of correlation 0.8; slices of all four dimensions lose nothing.
+    expected = -0.5 * 4 * torch.log(torch.tensor(1 - 0.8**2))
+    assert measured["mmi/mutual_information"] == pytest.approx(float(expected), abs=0.1)
+    assert measured["mmi/min_canonical_correlation"] == pytest.approx(0.8, abs=0.03)
+    assert measured["mmi/effective_rank"] == pytest.approx(4, abs=0.02)
+    parts = [float(measured[f"mmi/{name}"]) for name in ("entropy_a", "entropy_b", "joint_entropy")]
+    assert parts[0] + parts[1] - parts[2] > 0.5
+    independent = MMIDiagnostics().measure(*(torch.randn(512, 256, generator=generator) for _ in range(2)))
+    assert abs(independent["mmi/mutual_information"]) < 1.5  # the plug-in estimate would be about 4.6
+
+
+def test_diagnostics_of_another_method(tmp_path):
+    logged = Logged()
+    other = model(criterion=VICRegLoss())
+    trainer(tmp_path, callbacks=[MMIDiagnostics(every_n_steps=1), logged]).fit(other, loader())
+    assert "mmi/effective_rank" in logged.steps[0]
+
+
+def test_diagnostics_errors(tmp_path):
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        MMIDiagnostics(every_n_steps=0)
+    with pytest.raises(ValueError, match="at least 8 samples"):
+        MMIDiagnostics().measure(torch.randn(4, 8), torch.randn(4, 8))
+    with pytest.raises(ValueError, match="listens to projection_head, which BoringModel"):
+        trainer(tmp_path, callbacks=[MMIDiagnostics()]).fit(BoringModel())
+
+
+def test_in_a_benchmark_module(tmp_path):
+    """The style of lightly's CIFAR-10 benchmark: kNN at the end of every epoch by its own class."""
+
+    class Model(BenchmarkModule):
+        def __init__(self, bank):
+            super().__init__(bank, num_classes=10, knn_k=5)
+            self.backbone, self.projection_head = backbone(), MMIProjectionHead(FEATURES, 32, 24)
+            self.criterion = MMILoss()
+
+        def training_step(self, batch, batch_idx):
+            z_a, z_b = (self.projection_head(self.backbone(view).flatten(1)) for view in batch[0])
+            return self.criterion(z_a, z_b)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.06)
+
+    class Named(torch.utils.data.Dataset):
+        """lightly's loaders give file names too."""
+
+        def __len__(self):
+            return 32
+
+        def __getitem__(self, index):
+            return torch.rand(3, 16, 16), index % 10, "name"
+
+    plain = torch.utils.data.DataLoader(Named(), batch_size=16)
+    module = Model(plain)
+    logged = Logged()
+    trainer(tmp_path, callbacks=[MMIDiagnostics(every_n_steps=1), logged]).fit(module, loader(), plain)
+    assert 0 <= module.max_accuracy <= 1
+    assert "mmi/mutual_information" in logged.steps[-1]
+
+
+def test_unmodified_main_of_a_checkout(tmp_path):
+    """An epoch of `--methods mmi` on small drawn images, by lightly's own script."""
+    checkout = os.environ.get("LIGHTLY_CHECKOUT")
+    if not checkout:
+        pytest.skip("LIGHTLY_CHECKOUT names no checkout of lightly: its main.py is not in the wheel")
+    for split, count in (("train", 4), ("val", 2)):
+        for label in range(5):
+            folder = tmp_path / split / str(label)
+            folder.mkdir(parents=True)
+            for i in range(count):
+                image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(100 * label + i))
+                torchvision.utils.save_image(image, folder / f"{i}.png")
+    command = "import main; from mmi_loss.integrations.lightly import register; register(main.METHODS); "
+    command += "main.main(**vars(main.parser.parse_args()))"
+    arguments = ["--methods", "mmi", "--epochs", "1", "--batch-size-per-device", "10", "--num-workers", "1"]
+    arguments += [
+        "--accelerator",
+        "cpu",
+        "--precision",
+        "32",
+        "--num-classes",
+        "5",
+        "--knn-k",
+        "5",
+        "--strategy",
+        "auto",
+    ]
+    arguments += [
+        "--train-dir",
+        str(tmp_path / "train"),
+        "--val-dir",
+        str(tmp_path / "val"),
+        "--log-dir",
+        str(tmp_path),
+    ]
+    arguments += ["--skip-linear-eval", "--skip-finetune-eval"]
+    done = subprocess.run(
+        [sys.executable, "-c", command, *arguments],
+        cwd=Path(checkout) / "benchmarks" / "imagenet" / "resnet50",
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "Results for mmi" in done.stdout
