@@ -23,7 +23,7 @@ from benchmarks.data.views import PairsOfViews, cached, evaluation_batches
 SIZE = 32
 NUM_VIEWS = 24
 NUM_EVALUATION_VIEWS = 2
-MAX_ROTATION = math.radians(30)
+MAX_ROTATION = math.radians(20)
 
 
 def scenes(digits: Tensor, generator: torch.Generator) -> Tensor:
@@ -33,19 +33,19 @@ def scenes(digits: Tensor, generator: torch.Generator) -> Tensor:
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
-    angle, share = uniform(-MAX_ROTATION, MAX_ROTATION), uniform(0.5, 0.8)
-    position = uniform(-1, 1, 2) * (1 - 0.8 * share)[:, None]
+    angle, share = uniform(-MAX_ROTATION, MAX_ROTATION), uniform(0.7, 1.0)
+    position = uniform(-1, 1, 2) * (1.1 - 0.9 * share)[:, None]
     rotation = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()], 1).view(n, 2, 2) / share.view(n, 1, 1)
     grid = F.affine_grid(
         torch.cat([rotation, -rotation @ position[..., None]], 2), [n, 1, SIZE, SIZE], align_corners=False
     )
     mask = F.grid_sample(digits[:, None], grid, align_corners=False).clamp(0, 1)
 
-    ground = uniform(0.3, 0.7, 1, 1, 1) + uniform(-0.15, 0.15, 3, 1, 1)
-    tint = uniform(0.05, 0.2, 1, 1, 1) + uniform(-0.05, 0.05, 3, 1, 1)
+    ground = uniform(0.4, 0.6, 1, 1, 1) + uniform(-0.1, 0.1, 3, 1, 1)
+    tint = uniform(0.03, 0.12, 1, 1, 1) + uniform(-0.03, 0.03, 3, 1, 1)
     background = ground + tint * _textures(n, generator)
     polarity = uniform(0, 1, 1, 1, 1).round() * 2 - 1
-    ink = ground + polarity * uniform(0.3, 0.55, 1, 1, 1) + uniform(-0.1, 0.1, 3, 1, 1)
+    ink = ground + polarity * uniform(0.35, 0.6, 1, 1, 1) + uniform(-0.1, 0.1, 3, 1, 1)
     image = background * (1 - mask) + ink * mask + 0.03 * torch.randn(n, 3, SIZE, SIZE, generator=generator)
     return (image.clamp(0, 1) - 0.5) / 0.25
 
