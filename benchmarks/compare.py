@@ -25,10 +25,10 @@ SECONDARY = ("mmi_exchangeable", "mmi_joint", "mmi_joint_all", "mmi_paper", "fro
 METHODS = (grid.UNTRAINED, *CORE, *SECONDARY)
 SECONDARY_CELLS = ((512, 256), (2048, 64))
 WMSE_CELLS = ((128, 256), (128, 512))
-STEPS = {"digits": 150, "clutter": 200, "latent": 200}
+STEPS = {"digits": 150, "clutter": 150, "latent": 200}
 """Optimiser steps at N = 256; others take 16 / sqrt(N) times as many, between equal steps and equal epochs."""
 
-RATES = (5e-4, 2e-3, 8e-3)
+RATES = (1e-3, 4e-3, 1.6e-2)
 RATE_FACTOR = 4.0
 MAX_RATE_ROUNDS = 3
 TUNING_SEED = 100
@@ -118,4 +118,5 @@ def tune(options: argparse.Namespace, path: Path, console: Console) -> dict[tupl
 
 def _tuning_cell(options: argparse.Namespace, task: str, method: str, rate: float) -> Cell:
     dim, batch_size = WMSE_CELLS[0] if method == "wmse" else TUNING_CELL
-    return Cell(task, method, dim, batch_size, TUNING_SEED, rate, steps(task, batch_size, options.steps))
+    budget = steps(task, batch_size, options.steps)
+    return Cell(task, method, dim, batch_size, TUNING_SEED, rate, budget, evaluations=1)
