@@ -20,8 +20,8 @@ from benchmarks.grid import Cell
 TASKS = ("digits", "clutter", "latent")
 DIMS = (128, 512, 2048)
 BATCH_SIZES = (64, 256, 512)
-CORE = ("mmi", "vicreg_fast", "barlow_twins_fast", "simclr", "lejepa")
-SECONDARY = ("mmi_exchangeable", "mmi_joint", "mmi_joint_all", "mmi_paper", "frossl", "wmse")
+CORE = ("mmi", "vicreg_fast", "barlow_twins_fast", "simclr")
+SECONDARY = ("lejepa", "mmi_exchangeable", "mmi_joint", "mmi_joint_all", "mmi_paper", "frossl", "wmse")
 METHODS = (grid.UNTRAINED, *CORE, *SECONDARY)
 SECONDARY_CELLS = ((512, 256), (2048, 64))
 WMSE_CELLS = ((128, 256), (128, 512))
@@ -76,27 +76,33 @@ def steps(task: str, batch_size: int, at_256: int | None = None) -> int:
 
 
 def cells(options: argparse.Namespace, rates: dict[tuple[str, str], float]) -> list[Cell]:
-    """The comparison in the order of what matters: per seed the core on all cells, then the others on some."""
+    """The comparison in the order of what matters: the core across the middle sizes, then in the corners, then the
+    other methods on some cells; seeds outermost in each.
+    """
+    every = [(dim, batch_size) for dim in options.dims for batch_size in options.batch_sizes]
+    across = [size for size in every if size[0] == TUNING_CELL[0] or size[1] == TUNING_CELL[1]]
+    corners = [size for size in every if size not in across]
+    core = [m for m in options.methods if m in CORE]
+    others = [m for m in options.methods if m in SECONDARY]
+    untrained = [m for m in options.methods if m == grid.UNTRAINED]
+    passes = [(untrained, every[:1]), (core, across), (core, corners), (others, every)]
     chosen = []
-    for seed in range(options.seeds):
-        for method in options.methods:
-            for dim, batch_size in _sizes(method, options):
-                for task in options.tasks:
-                    rate = options.rate or rates.get((task, method), 0.0)
-                    budget = steps(task, batch_size, options.steps)
-                    chosen.append(Cell(task, method, dim, batch_size, seed, rate, budget))
+    for methods, sizes in passes:
+        for seed in range(options.seeds):
+            for dim, batch_size in sizes:
+                for method in methods:
+                    if method in SECONDARY and (dim, batch_size) not in _cells_of_secondary(method):
+                        continue
+                    for task in options.tasks:
+                        rate = options.rate or rates.get((task, method), 0.0)
+                        budget = steps(task, batch_size, options.steps)
+                        chosen.append(Cell(task, method, dim, batch_size, seed, rate, budget))
     return chosen
 
 
-def _sizes(method: str, options: argparse.Namespace) -> list[tuple[int, int]]:
-    every = [(dim, batch_size) for dim in options.dims for batch_size in options.batch_sizes]
-    if method in CORE:
-        return every
-    if method == grid.UNTRAINED:
-        return every[:1]
+def _cells_of_secondary(method: str) -> tuple[tuple[int, int], ...]:
     # W-MSE whitens with the D x D covariance of a batch: the library demands N >= 2 D.
-    some = WMSE_CELLS if method == "wmse" else SECONDARY_CELLS
-    return [size for size in some if size in every]
+    return WMSE_CELLS if method == "wmse" else SECONDARY_CELLS
 
 
 def tune(options: argparse.Namespace, path: Path, console: Console) -> dict[tuple[str, str], float]:

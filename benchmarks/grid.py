@@ -54,7 +54,7 @@ class Cell:
     seed: int
     learning_rate: float
     steps: int
-    evaluations: int = 4
+    evaluations: int = 3
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
