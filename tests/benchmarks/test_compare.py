@@ -174,7 +174,7 @@ def test_cells_are_in_order_of_what_matters():
     options = compare.parse([])
     cells = compare.cells(options, {})
     assert len({c.key for c in cells}) == len(cells)
-    order = [(c.method in compare.SECONDARY, 512 != c.projector_dim and 256 != c.batch_size, c.seed) for c in cells[9:]]
+    order = [(c.method in compare.SECONDARY, c.projector_dim != 512 and c.batch_size != 256, c.seed) for c in cells[9:]]
     core = [place for place in order if not place[0]]
     assert core == sorted(core)
     assert order[: len(core)] == core
