@@ -28,7 +28,7 @@ WMSE_CELLS = ((128, 256), (128, 512))
 STEPS = {"digits": 150, "clutter": 150, "latent": 200}
 """Optimiser steps at N = 256; others take 16 / sqrt(N) times as many, between equal steps and equal epochs."""
 
-RATES = (1e-3, 4e-3, 1.6e-2)
+RATES = (4e-3, 1.6e-2)
 RATE_FACTOR = 4.0
 MAX_RATE_ROUNDS = 3
 TUNING_SEED = 100

@@ -224,7 +224,7 @@ class MMIDiagnostics(Callback):
             return
         self._listener.remove()
         self._listener = None
-        views = self._outputs[0].chunk(2) if len(self._outputs) == 1 else self._outputs
+        views = list(self._outputs[0].chunk(2) if len(self._outputs) == 1 else self._outputs)
         if len(views) != 2:
             raise ValueError(f"MMIDiagnostics needs projections of two views, got {len(views)}")
         measured = self.measure(views[0], views[1])

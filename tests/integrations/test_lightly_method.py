@@ -77,7 +77,7 @@ def test_trains_and_evaluates_by_lightlys_classes(tmp_path):
     assert len(metrics.val_metrics["val_online_cls_top1"]) == 2
     assert module.criterion.step == 6
     assert all((p != q).any() for p, q in zip(before, module.parameters(), strict=True) if p.ndim > 1)
-    knn = KNNClassifier(module, num_classes=10, knn_k=5)
+    knn = KNNClassifier(module, 10, knn_k=5, knn_t=0.1, train_dataloader_idx=0, val_dataloader_idx=1)
     found = trainer(tmp_path).validate(knn, [loader(views=False)] * 2, verbose=False)
     assert any("val_knn_top1" in name or "val_top1" in name for entry in found for name in entry)
     linear = LinearClassifier(module, 16, feature_dim=module.online_classifier.feature_dim, num_classes=10)
@@ -89,9 +89,10 @@ def test_loss_falls(tmp_path):
     generator = torch.Generator().manual_seed(0)
     colours = torch.rand(64, 3, 1, 1, generator=generator)
     views = [colours + 0.1 * torch.randn(64, 3, 16, 16, generator=generator) for _ in range(2)]
-    batches = [([v.roll(0) for v in views], torch.zeros(64, dtype=torch.long))] * 40
+    batches = [(views, torch.zeros(64, dtype=torch.long))] * 40
     logged = Logged()
-    trainer(tmp_path, callbacks=[logged]).fit(model(learning_rate=4.0, batch_size_per_device=64), batches)
+    module = model(learning_rate=4.0, batch_size_per_device=64)
+    trainer(tmp_path, callbacks=[logged]).fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     losses = [step["train_loss"] for step in logged.steps]
     assert losses[-1] < losses[0] - 0.5
 
