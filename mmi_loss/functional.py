@@ -313,8 +313,8 @@ def _joint(views: list[Tensor], ridge: float, options: Options, gather: bool) ->
         values = logdets.joint_log_dets(matrix)
     else:
         dim = z_a.shape[-1]
-        blocks = [matrix[..., :dim, :dim], matrix[..., dim:, dim:], matrix]
-        values = torch.stack([logdets.log_det(block, options.log_det()) for block in blocks])
+        blocks = torch.stack([matrix[..., :dim, :dim], matrix[..., dim:, dim:]])
+        values = logdets.log_dets([blocks, matrix[None]], options.log_det())
     return logdets.weighted_sum(values.mean(1), OBJECTIVES["joint"]), values.detach()
 
 
@@ -331,12 +331,11 @@ def _joint_gram(views: list[Tensor], ridge: float, options: Options) -> Value:
     """Gram route of any two views (N, D)."""
     n, dim = views[0].shape
     gram_a, gram_b = (gram.standardised_gram(z, ridge) for z in views)
-    values = torch.stack(
-        [
-            logdets.log_det(gram.identity_plus(products), options.log_det(), feature_dim - n)
-            for products, feature_dim in ((gram_a, dim), (gram_b, dim), (gram_a + gram_b, 2 * dim))
-        ]
-    )
+    groups = [
+        torch.stack([gram.identity_plus(gram_a), gram.identity_plus(gram_b)]),
+        gram.identity_plus(gram_a + gram_b)[None],
+    ]
+    values = logdets.log_dets(groups, options.log_det(), [dim - n, 2 * dim - n])
     return logdets.weighted_sum(values, OBJECTIVES["joint"]), values.detach()
 
 

@@ -17,7 +17,8 @@ def log_dets(
 ) -> Tensor:
     """Log det(I + M_j / ridge) of every second-moment matrix M_j of an objective, (m, S), from views (S, N, k).
 
-    ``order`` takes the truncated series with rescaling ``beta`` in place of the exact logarithm.
+    ``order`` takes the truncated series in place of the exact logarithm, about one scale for all matrices: ``1 / beta``
+    times the largest of their fourth-power norms, a constant for the gradient.
     """
     if objective == "joint":
         x_a, x_b = (_standardise([z])[0] for z in views)
@@ -34,7 +35,12 @@ def log_dets(
         total = torch.einsum("vsni,vsnj->sij", stacked, stacked) / (num_views * n)
         within = torch.einsum("vsni,vsnj->sij", deviations, deviations) / ((num_views - 1) * n)
         moments = [total, within]
-    return torch.stack([_log_det(moment / ridge, order, beta) for moment in moments])
+    spectra = [_one_plus_spectrum(moment / ridge) for moment in moments]
+    if order is None:
+        return torch.stack([spectrum.log().sum(-1) for spectrum in spectra])
+    norms = torch.stack([spectrum.pow(4).sum(-1).pow(0.25) for spectrum in spectra])
+    scale = norms.amax(0)[..., None].detach() / beta
+    return torch.stack([(scale.log() + _series(spectrum / scale - 1, order)).sum(-1) for spectrum in spectra])
 
 
 def _standardise(views: Sequence[Tensor]) -> list[Tensor]:
@@ -52,12 +58,11 @@ def _covariance(x: Tensor) -> Tensor:
     return x.mT @ x / x.shape[1]
 
 
-def _log_det(signal_to_noise: Tensor, order: int | None, beta: float) -> Tensor:
+def _one_plus_spectrum(signal_to_noise: Tensor) -> Tensor:
     identity = torch.eye(signal_to_noise.shape[-1], dtype=signal_to_noise.dtype, device=signal_to_noise.device)
-    eigenvalues = torch.linalg.eigvalsh(identity + signal_to_noise)
-    if order is None:
-        return eigenvalues.log().sum(-1)
-    scale = eigenvalues.pow(4).sum(-1, keepdim=True).pow(0.25) / beta
-    x = eigenvalues / scale - 1
-    series = sum((-1) ** (m + 1) / m * x**m for m in range(1, order + 1))
-    return (scale.log() + series).sum(-1)
+    return torch.linalg.eigvalsh(identity + signal_to_noise)
+
+
+def _series(x: Tensor, order: int) -> Tensor:
+    """The series of log(1 + x)."""
+    return torch.stack([(-1) ** (m + 1) / m * x**m for m in range(1, order + 1)]).sum(0)

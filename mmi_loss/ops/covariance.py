@@ -107,7 +107,7 @@ class _PooledLoss(torch.autograd.Function):
         moments.mul_(weight)
         matrices = moments.clone()
         matrices.diagonal(dim1=-2, dim2=-1).add_(1)
-        log_dets, state = log_det.value(matrices)
+        log_dets, state = log_det.value([matrices], [0])
         loss = weighted_sum(log_dets.mean(-1), weights)
         ctx.save_for_backward(rows, moments, weight, variance, *state)
         ctx.coefficients, ctx.weights, ctx.count, ctx.log_det, ctx.reduce = (
@@ -124,7 +124,8 @@ class _PooledLoss(torch.autograd.Function):
     @closed_form
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         rows, moments, weight, variance, *state = ctx.saved_tensors
-        grad_moments = ctx.log_det.derivative(*state).mul_(grad / variance.shape[0])
+        (grad_moments,) = ctx.log_det.derivatives(*state)
+        grad_moments.mul_(grad / variance.shape[0])
         for j, w in enumerate(ctx.weights):
             if w != 1:
                 grad_moments[j].mul_(w)

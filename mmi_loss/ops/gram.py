@@ -6,7 +6,7 @@ log det(I_D + X^T X / ridge) = log det(I_N + X X^T / ridge), so no D x D matrix 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,38 +106,34 @@ class _PooledLoss(torch.autograd.Function):
         n, dim = views[0].shape
         rows, inverse_std = _contrasts(views)
         products = _symmetric_product(rows, n)
-        log_dets, states = [], []
+        groups = []
         for start, stop, degrees in blocks:
             block = slice(start * n, stop * n)
             matrix = products[block, block] / (degrees * n * ridge)
             matrix.diagonal().add_(1)
-            value, state = log_det.value(matrix, dim - len(matrix))
-            log_dets.append(value)
-            states.append(state)
-        ctx.save_for_backward(rows, inverse_std, *(tensor for state in states for tensor in state))
+            groups.append(matrix[None])
+        log_dets, state = log_det.value(groups, [dim - matrices.shape[-1] for matrices in groups])
+        loss = weighted_sum(log_dets, weights)
+        ctx.save_for_backward(rows, inverse_std, *state)
         ctx.blocks, ctx.weights, ctx.ridge, ctx.log_det = blocks, weights, ridge, log_det
-        stacked = torch.stack(log_dets)
-        loss = weighted_sum(stacked, weights)
-        ctx.mark_non_differentiable(stacked)
-        return loss, stacked
+        ctx.mark_non_differentiable(log_dets)
+        return loss, log_dets
 
     @staticmethod
     @closed_form
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        rows, inverse_std, *tensors = ctx.saved_tensors
+        rows, inverse_std, *state = ctx.saved_tensors
         needed = ctx.needs_input_grad[4:]
         n = len(rows) // len(needed)
-        size = len(tensors) // len(ctx.blocks)
-        total: Tensor | None = None
-        for j, ((start, stop, degrees), weight) in enumerate(zip(ctx.blocks, ctx.weights, strict=True)):
-            # The factors of F_j = w_j A_j^{-1} / 2 and of dU = 2 F U cancel.
-            derivative = ctx.log_det.derivative(*tensors[j * size : (j + 1) * size])
-            derivative.mul_(grad * (weight / (degrees * n * ctx.ridge)))
-            if total is None:
-                total = derivative
-            else:
-                total[start * n : stop * n, start * n : stop * n] += derivative
-        grad_rows = cast(Tensor, total) @ rows
+        # The factors of F_j = w_j A_j^{-1} / 2 and of dU = 2 F U cancel.
+        total, *others = (
+            d[0].mul_(grad * w) for d, w in zip(ctx.log_det.derivatives(*state), ctx.weights, strict=True)
+        )
+        total.div_(ctx.blocks[0][2] * n * ctx.ridge)
+        for (start, stop, degrees), derivative in zip(ctx.blocks[1:], others, strict=True):
+            block = slice(start * n, stop * n)
+            total[block, block].add_(derivative, alpha=1 / (degrees * n * ctx.ridge))
+        grad_rows = total @ rows
         return *(None,) * 4, *_contrasts_backward(grad_rows, rows, inverse_std, needed)
 
 

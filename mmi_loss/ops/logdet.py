@@ -11,29 +11,33 @@ from torch import Tensor
 
 from mmi_loss.ops.autograd import closed_form
 
+Groups = Sequence[Tensor]
+
 
 class LogDet(Protocol):
-    """A log-determinant with its closed-form derivative, for matrices (..., n, n), symmetric positive definite."""
+    """Log-determinants of groups of SPD matrices (g, ..., n, n), with their derivatives in closed form."""
 
-    def value(self, matrices: Tensor, null_dim: int = 0) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Log det (...) in nats, with ``null_dim`` more eigenvalues equal to 1, and what the derivative needs."""
+    def value(self, groups: Groups, null_dims: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Log dets (sum of g, ...) in nats, each with ``null_dims`` more eigenvalues equal to 1, and what the
+        derivatives need.
+        """
 
-    def derivative(self, *state: Tensor) -> Tensor:
-        """The gradient of log det A with respect to A, symmetric, (..., n, n): a new tensor."""
+    def derivatives(self, *state: Tensor) -> list[Tensor]:
+        """The gradient of each log det with respect to its matrix, symmetric, in groups: new tensors."""
 
 
 class Cholesky(LogDet):
     """Exact; NaN where a matrix is not positive definite. d log det A = tr(A^-1 dA), A^-1 = L^-T L^-1."""
 
-    def value(self, matrices: Tensor, null_dim: int = 0) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def value(self, groups: Groups, null_dims: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """L^-1 holds the log-determinant on its diagonal, and all that the derivative needs."""
-        inverse_factor = _inverse_factor(matrices)
-        return inverse_factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).mul_(-2), (inverse_factor,)
+        factors = [_inverse_factor(matrices) for matrices in groups]
+        log_dets = [factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).mul_(-2) for factor in factors]
+        return torch.cat(log_dets) if len(log_dets) > 1 else log_dets[0], tuple(factors)
 
-    def derivative(self, *state: Tensor) -> Tensor:
+    def derivatives(self, *state: Tensor) -> list[Tensor]:
         """A failed factorisation is NaN here too, where a GradScaler looks."""
-        (inverse_factor,) = state
-        return inverse_factor.mT @ inverse_factor
+        return [factor.mT @ factor for factor in state]
 
 
 LAPACK_SIZE = 64
@@ -68,74 +72,110 @@ def _inverse_factor(matrices: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Series(LogDet):
-    """The truncated series of log, rescaled: with X = A/c - I and c = (tr A^4)^(1/4) / beta,
+    """The truncated series about one scale c common to all matrices and constant: with X_j = A_j / c - I,
 
-        f(A) = n log c + sum_{m=1}^{p} (-1)^{m+1}/m tr X^m.
+        f_j = n_j log c + sum_{m=1}^{p} (-1)^{m+1}/m tr X_j^m,    c = max_j (tr A_j^4)^{1/4} / beta,
 
-    The norm is at least the largest eigenvalue, so every eigenvalue of A/c lies in (0, beta], inside the series' disc
-    of convergence (0, 2) about 1 for beta < 2. For beta <= 1 all terms left out are negative: an upper bound of
-    log det. (The paper's eq. 10 names a fourth-order approximation and a rescaling with a parameter beta; this is our
-    reading.)
+    and df/dA = P(X) / c with P(X) = sum_{i<p} (-X)^i, the truncated series of (I + X)^-1. (The paper's eq. 10 names a
+    fourth-order approximation and a rescaling with a parameter beta; the scale is our reading.)
 
-    The derivatives use P(X) = sum_{j<p} (-X)^j, the truncated series of (I + X)^-1:
+    The norm is at least the largest eigenvalue and at most n^{1/4} times that, so every eigenvalue of A/c lies in
+    (0, beta]; the series about 1 converges in (0, 2).
 
-        df/dA = P(X) / c at constant c,
-        df/dc = n/c - tr(A P(X)) / c^2 = [n - tr((I + X) P(X))] / c = tr((-X)^p) / c = r / c,
+    Why the scale is common: in mutual information, sum_j w_j log det A_j, the dimensions add up to zero, so it cancels.
+    With a scale for each matrix it does not, and since for even p df/dc = tr X^p / c grows to n/c while a small
+    eigenvalue earns p/c at most, the largest log det is that of a collapsed code. Why it is a constant for the gradient:
+    information does not depend on a common scale, and P(X)/c is then the truncated series of the exact gradient.
 
-    because (I + X) P(X) = I - (-X)^p telescopes, and with t = tr A^4, dc/dA = c A^3 / t, so that
+    The information is a lower bound of the exact one, as the remainder r(x) = log(1+x) - f(x) shows:
 
-        df/dA = P(X) / c + r A^3 / t.
+    * content, [log det T - log det W]/2 with T >= W (as for covariances; samples deviate by chance correlations):
+      where the slope of r is positive: for even p everywhere, so at any beta; for odd p at beta <= 1.
+    * joint and exchangeable, whose blocks are a pinching of the whole: where r is concave: at beta <= 1, for odd p at
+      any beta. For even p it is never negative, f being concave.
     """
 
     order: int
     beta: float
 
-    def value(self, matrices: Tensor, null_dim: int = 0) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """As the class says; the state is A, A^2, X, c and r / t."""
-        square = matrices @ matrices
-        # Normalised before the fourth power: float32 would overflow from 1e9.
-        largest = square.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=1)
-        fourth = (square / largest[..., None, None]).square().sum((-2, -1)) + null_dim / largest.square()
-        scale = fourth.pow(0.25) * largest.sqrt() / self.beta
-        x = matrices / scale[..., None, None]
-        x.diagonal(dim1=-2, dim2=-1).sub_(1)
-        # tr X^{i+j} = <X^i, X^j> for symmetric X: powers up to half the order suffice.
-        powers = [x]
-        for _ in range((self.order + 1) // 2 - 1):
+    def value(self, groups: Groups, null_dims: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The square of A serves the scale and the series: at order 4 it is the only product of matrices."""
+        squares = [matrices @ matrices for matrices in groups]
+        scale = _common_scale(squares, null_dims) / self.beta
+        inverse = scale.reciprocal()
+        powers, values = [], []
+        for matrices, square, null_dim in zip(groups, squares, null_dims, strict=True):
+            x = matrices * inverse[..., None, None]
+            x.diagonal(dim1=-2, dim2=-1).sub_(1)
+            # X^2 = (A/c)^2 - 2 X - I
+            x_square = square.mul_(inverse.square()[..., None, None]).sub_(x, alpha=2)
+            x_square.diagonal(dim1=-2, dim2=-1).sub_(1)
+            value = (x.shape[-1] + null_dim) * scale.log()
+            for m, trace in enumerate(_traces(x, x_square, self.order), start=1):
+                value = value + (trace + null_dim * (inverse - 1) ** m) * ((-1) ** (m + 1) / m)
+            values.append(value)
+            powers += [x, x_square]
+        return torch.cat(values), (inverse, *powers)
+
+    def derivatives(self, *state: Tensor) -> list[Tensor]:
+        """P grows by P_{p+2} = I - X + X^2 P_p: at order 4 one more product of matrices."""
+        inverse, *powers = state
+        return [
+            _inverse_series(x, x_square, self.order).mul_(inverse[..., None, None])
+            for x, x_square in zip(powers[::2], powers[1::2], strict=True)
+        ]
+
+
+def _common_scale(squares: Sequence[Tensor], null_dims: Sequence[int]) -> Tensor:
+    """Max_j (tr A_j^4)^{1/4} over groups (g, ..., n, n) of squares A^2 and their first dimension, (...)."""
+    # Normalised before the fourth power: float32 would overflow from 1e9.
+    diagonals = [square.diagonal(dim1=-2, dim2=-1).amax((0, -1)) for square in squares]
+    largest = torch.stack(diagonals).amax(0).clamp(min=1)
+    fourth = [
+        (square / largest[..., None, None]).square().sum((-2, -1)) + null_dim / largest.square()
+        for square, null_dim in zip(squares, null_dims, strict=True)
+    ]
+    return torch.cat(fourth).amax(0).pow(0.25) * largest.sqrt()
+
+
+def _traces(x: Tensor, x_square: Tensor, order: int) -> list[Tensor]:
+    """Traces of X, X^2, ..., X^order."""
+    traces = [matrix.diagonal(dim1=-2, dim2=-1).sum(-1) for matrix in (x, x_square)][:order]
+    # tr X^{i+j} = <X^i, X^j> for symmetric X: powers up to half the order suffice.
+    powers = [x, x_square]
+    for m in range(3, order + 1):
+        if len(powers) < (m + 1) // 2:
             powers.append(powers[-1] @ x)
-        traces = [x.diagonal(dim1=-2, dim2=-1).sum(-1)]
-        for m in range(2, self.order + 1):
-            traces.append((powers[m // 2 - 1] * powers[m - m // 2 - 1]).sum((-2, -1)))
-        null = scale.reciprocal() - 1
-        value = (matrices.shape[-1] + null_dim) * scale.log()
-        for m, trace in enumerate(traces, start=1):
-            value = value + (trace + null_dim * null**m) * ((-1) ** (m + 1) / m)
-        remainder = (traces[-1] + null_dim * null**self.order) * (-1) ** self.order
-        return value, (matrices, square, x, scale, remainder / (fourth * largest.square()))
-
-    def derivative(self, *state: Tensor) -> Tensor:
-        """Five products at order four: two of the value, two of Horner's scheme, and A^3."""
-        matrices, square, x, scale, cubic = state
-        # Horner's scheme: I - X (I - X (I - ...))
-        series = torch.zeros_like(x)
-        for j in range(self.order):
-            series = x @ series.neg_() if j > 1 else -x if j else series
-            series.diagonal(dim1=-2, dim2=-1).add_(1)
-        return series.div_(scale[..., None, None]).add_((matrices @ square).mul_(cubic[..., None, None]))
+        traces.append((powers[m // 2 - 1] * powers[m - m // 2 - 1]).sum((-2, -1)))
+    return traces
 
 
-class _LogDet(torch.autograd.Function):
+def _inverse_series(x: Tensor, x_square: Tensor, order: int) -> Tensor:
+    """P_p(X) = sum_{i<p} (-X)^i, a new tensor."""
+    linear = -x
+    linear.diagonal(dim1=-2, dim2=-1).add_(1)
+    if order == 1:
+        return torch.zeros_like(x) + torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    series = linear if order % 2 == 0 else linear + x_square
+    for _ in range(3 + order % 2, order, 2):
+        series = torch.baddbmm(linear, x_square, series) if x.ndim == 3 else linear + x_square @ series
+    return series
+
+
+class _LogDets(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, matrices: Tensor, log_det: LogDet, null_dim: int) -> Tensor:
-        value, state = log_det.value(matrices, null_dim)
+    def forward(ctx: Any, log_det: LogDet, null_dims: Sequence[int], *groups: Tensor) -> Tensor:
+        value, state = log_det.value(groups, null_dims)
         ctx.save_for_backward(*state)
-        ctx.log_det = log_det
+        ctx.log_det, ctx.sizes = log_det, [len(matrices) for matrices in groups]
         return value
 
     @staticmethod
     @closed_form
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.log_det.derivative(*ctx.saved_tensors).mul_(grad[..., None, None]), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        derivatives = ctx.log_det.derivatives(*ctx.saved_tensors)
+        weights = grad.split(ctx.sizes)
+        return None, None, *(d.mul_(w[..., None, None]) for d, w in zip(derivatives, weights, strict=True))
 
 
 class _JointLogDets(torch.autograd.Function):
@@ -167,9 +207,11 @@ class _JointLogDets(torch.autograd.Function):
         return grad_joint
 
 
-def log_det(matrices: Tensor, method: LogDet, null_dim: int = 0) -> Tensor:
-    """Log det (...), in nats, of (..., n, n) with ``null_dim`` further eigenvalues equal to 1."""
-    result: Tensor = _LogDet.apply(matrices, method, null_dim)
+def log_dets(groups: Groups, method: LogDet, null_dims: Sequence[int] | None = None) -> Tensor:
+    """Log dets (sum of g, ...), in nats, of groups (g, ..., n, n), each matrix with ``null_dims`` further eigenvalues
+    equal to 1.
+    """
+    result: Tensor = _LogDets.apply(method, null_dims or [0] * len(groups), *groups)
     return result
 
 
