@@ -18,7 +18,7 @@ def log_dets(
     """Log det(I + M_j / ridge) of every second-moment matrix M_j of an objective, (m, S), from views (S, N, k).
 
     ``order`` takes the truncated series in place of the exact logarithm, about one scale for all matrices: ``1 / beta``
-    times the largest of their fourth-power norms, a constant for the gradient.
+    times the largest of their fourth-power norms.
     """
     if objective == "joint":
         x_a, x_b = (_standardise([z])[0] for z in views)
@@ -39,7 +39,7 @@ def log_dets(
     if order is None:
         return torch.stack([spectrum.log().sum(-1) for spectrum in spectra])
     norms = torch.stack([spectrum.pow(4).sum(-1).pow(0.25) for spectrum in spectra])
-    scale = norms.amax(0)[..., None].detach() / beta
+    scale = norms.amax(0)[..., None] / beta
     return torch.stack([(scale.log() + _series(spectrum / scale - 1, order)).sum(-1) for spectrum in spectra])
 
 

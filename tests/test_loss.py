@@ -97,8 +97,8 @@ def test_repr_shows_what_applies():
 
 
 def test_learning_decorrelates_and_aligns():
-    """Twenty steps of gradient descent must raise the information, on every variant; that of the series is measured
-    exactly, for its own scale moves with the spectrum.
+    """Twenty steps of gradient descent must raise the information, on every variant; measured exactly also
+    where the loss is the series.
     """
     for options in VARIANTS.values():
         torch.manual_seed(0)

@@ -21,10 +21,10 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
 
 
-def _series_at_constant_scale(order):
-    """The scale is a constant for the gradient, so it is held by a matrix that is larger and has no gradient."""
-    largest = 9 * torch.eye(5, dtype=torch.float64).expand(1, 3, 5, 5)
-    return lambda a: logdet.log_dets([symmetric(a), largest], logdet.Series(order, 1.3), [2, 0])[:2]
+def series_of_two_groups(order):
+    """Both the matrix that sets the common scale and the others have a gradient."""
+    series = logdet.Series(order, 1.3)
+    return lambda a, b: logdet.log_dets([symmetric(a), symmetric(b)], series, [2, 0])
 
 
 FUNCTIONS = {
@@ -45,7 +45,18 @@ FUNCTIONS = {
         [spd(2, 3, 4, 4), spd(1, 3, 5, 5)],
     ),
     "joint_log_dets": (lambda a: logdet.joint_log_dets(symmetric(a)), [spd(2, 6, 6)]),
-    **{f"series_order_{order}": (_series_at_constant_scale(order), [spd(2, 3, 4, 4)]) for order in range(1, 8)},
+    **{
+        f"series_order_{order}": (series_of_two_groups(order), [spd(2, 3, 4, 4), spd(1, 3, 5, 5, seed=1)])
+        for order in range(1, 8)
+    },
+    "pooled_covariance_series": (
+        lambda *z: covariance.pooled_loss(z, [[0.25, 0.25], [0.0, 0.5]], (-1, 1), 0.7, logdet.Series(3, 1.2))[0],
+        [normal(5, 3, seed=s) for s in range(2)],
+    ),
+    "pooled_gram_series": (
+        lambda *z: gram.pooled_loss(z, [(0, 2, 2), (0, 1, 1), (1, 2, 1)], (-2, 1, 1), 0.7, logdet.Series(4, 1.0))[0],
+        [normal(3, 7, seed=s) for s in range(2)],
+    ),
     "gram_of_one": (lambda a: gram.standardised_gram(a, 0.3), [normal(3, 6)]),
     "pooled_gram": (
         lambda *z: gram.pooled_loss(z, [(0, 3, 3), (1, 3, 2)], (-1, 1.5), 0.7, logdet.Cholesky())[0],

@@ -124,11 +124,8 @@ class _PooledLoss(torch.autograd.Function):
     @closed_form
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         rows, moments, weight, variance, *state = ctx.saved_tensors
-        (grad_moments,) = ctx.log_det.derivatives(*state)
+        (grad_moments,) = ctx.log_det.gradients(ctx.weights, *state)
         grad_moments.mul_(grad / variance.shape[0])
-        for j, w in enumerate(ctx.weights):
-            if w != 1:
-                grad_moments[j].mul_(w)
         grad_variance = (grad_moments * moments).sum((0, -1)).div_(variance)
         grad_moments.mul_(weight)
         grad_moments[0].diagonal(dim1=-2, dim2=-1).sub_(grad_variance)

@@ -85,7 +85,7 @@ def _symmetric_product(rows: Tensor, n: int) -> Tensor:
     product = rows.new_empty((len(rows), len(rows)))
     for start in range(0, len(rows), n):
         block = slice(start, start + n)
-        torch.mm(rows[block], rows[start:].mT, out=product[block, start:])
+        product[block, start:] = rows[block] @ rows[start:].mT
         product[start + n :, block] = product[block, start + n :].mT
     return product
 
@@ -126,13 +126,12 @@ class _PooledLoss(torch.autograd.Function):
         needed = ctx.needs_input_grad[4:]
         n = len(rows) // len(needed)
         # The factors of F_j = w_j A_j^{-1} / 2 and of dU = 2 F U cancel.
-        total, *others = (
-            d[0].mul_(grad * w) for d, w in zip(ctx.log_det.derivatives(*state), ctx.weights, strict=True)
-        )
+        (total,), *others = ctx.log_det.gradients(ctx.weights, *state)
         total.div_(ctx.blocks[0][2] * n * ctx.ridge)
-        for (start, stop, degrees), derivative in zip(ctx.blocks[1:], others, strict=True):
+        for (start, stop, degrees), (gradient,) in zip(ctx.blocks[1:], others, strict=True):
             block = slice(start * n, stop * n)
-            total[block, block].add_(derivative, alpha=1 / (degrees * n * ctx.ridge))
+            total[block, block].add_(gradient, alpha=1 / (degrees * n * ctx.ridge))
+        total.mul_(grad)
         grad_rows = total @ rows
         return *(None,) * 4, *_contrasts_backward(grad_rows, rows, inverse_std, needed)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from mmi_loss.ops.autograd import closed_form
 
 Groups = Sequence[Tensor]
+Weights = Sequence[float | Tensor]
 
 
 class LogDet(Protocol):
@@ -22,8 +23,11 @@ class LogDet(Protocol):
         derivatives need.
         """
 
-    def derivatives(self, *state: Tensor) -> list[Tensor]:
-        """The gradient of each log det with respect to its matrix, symmetric, in groups: new tensors."""
+    def gradients(self, weights: Weights, *state: Tensor) -> list[Tensor]:
+        """The gradient of the sum of weights times log dets with respect to each matrix, symmetric: new tensors.
+
+        A weight is a number or has the shape (...) of a log det.
+        """
 
 
 class Cholesky(LogDet):
@@ -35,9 +39,11 @@ class Cholesky(LogDet):
         log_dets = [factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).mul_(-2) for factor in factors]
         return torch.cat(log_dets) if len(log_dets) > 1 else log_dets[0], tuple(factors)
 
-    def derivatives(self, *state: Tensor) -> list[Tensor]:
+    def gradients(self, weights: Weights, *state: Tensor) -> list[Tensor]:
         """A failed factorisation is NaN here too, where a GradScaler looks."""
-        return [factor.mT @ factor for factor in state]
+        inverses = [factor.mT @ factor for factor in state]
+        _scale(inverses, weights)
+        return inverses
 
 
 LAPACK_SIZE = 64
@@ -66,26 +72,31 @@ def _inverse_factor(matrices: Tensor) -> Tensor:
     inverse_factor = torch.zeros_like(matrices)
     inverse_factor[..., :half, :half] = first
     inverse_factor[..., half:, half:] = last
-    torch.neg(last @ (mixed @ first), out=inverse_factor[..., half:, :half])
+    inverse_factor[..., half:, :half] = (last @ (mixed @ first)).neg_()
     return inverse_factor
 
 
 @dataclass(frozen=True)
 class Series(LogDet):
-    """The truncated series about one scale c common to all matrices and constant: with X_j = A_j / c - I,
+    """The truncated series about one scale c common to all matrices: with X_j = A_j / c - I,
 
-        f_j = n_j log c + sum_{m=1}^{p} (-1)^{m+1}/m tr X_j^m,    c = max_j (tr A_j^4)^{1/4} / beta,
+        f_j = n_j log c + sum_{m=1}^{p} (-1)^{m+1}/m tr X_j^m,    c = max_j t_j^{1/4} / beta,    t_j = tr A_j^4.
 
-    and df/dA = P(X) / c with P(X) = sum_{i<p} (-X)^i, the truncated series of (I + X)^-1. (The paper's eq. 10 names a
-    fourth-order approximation and a rescaling with a parameter beta; the scale is our reading.)
+    (The paper's eq. 10 names a fourth-order approximation and a rescaling with a parameter beta; the scale is our
+    reading.) The norm is at least the largest eigenvalue and at most n^{1/4} times that, so every eigenvalue of A/c
+    lies in (0, beta]; the series about 1 converges in (0, 2).
 
-    The norm is at least the largest eigenvalue and at most n^{1/4} times that, so every eigenvalue of A/c lies in
-    (0, beta]; the series about 1 converges in (0, 2).
+    Why the scale is common: in mutual information, sum_j w_j log det A_j, the dimensions add up to zero, so n_j log c
+    cancels. With a scale for each matrix it does not: then for even p df/dc = tr X^p / c grows to n/c while a small
+    eigenvalue earns p/c at most, and the largest log det is that of a collapsed code.
 
-    Why the scale is common: in mutual information, sum_j w_j log det A_j, the dimensions add up to zero, so it cancels.
-    With a scale for each matrix it does not, and since for even p df/dc = tr X^p / c grows to n/c while a small
-    eigenvalue earns p/c at most, the largest log det is that of a collapsed code. Why it is a constant for the gradient:
-    information does not depend on a common scale, and P(X)/c is then the truncated series of the exact gradient.
+    The derivatives use P(X) = sum_{i<p} (-X)^i, the truncated series of (I + X)^-1, and r_j = tr (-X_j)^p:
+
+        df_j/dA_j = P(X_j) / c at constant c,
+        df_j/dc = n_j/c - tr(A_j P(X_j)) / c^2 = [n_j - tr((I + X_j) P(X_j))] / c = r_j / c,
+        dc/dA = c A^3 / t = (I + X)^3 / beta^4 for the largest matrix,
+
+    because (I + X) P(X) = I - (-X)^p telescopes, and t = (beta c)^4.
 
     The information is a lower bound of the exact one, as the remainder r(x) = log(1+x) - f(x) shows:
 
@@ -101,33 +112,55 @@ class Series(LogDet):
     def value(self, groups: Groups, null_dims: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The square of A serves the scale and the series: at order 4 it is the only product of matrices."""
         squares = [matrices @ matrices for matrices in groups]
-        scale = _common_scale(squares, null_dims) / self.beta
-        inverse = scale.reciprocal()
-        powers, values = [], []
+        norms = _fourth_power_norms(squares, null_dims)
+        largest = norms.amax(0)
+        inverse = self.beta / largest
+        is_largest = (norms == largest).to(norms.dtype)
+        powers, values, remainders = [], [], []
         for matrices, square, null_dim in zip(groups, squares, null_dims, strict=True):
             x = matrices * inverse[..., None, None]
             x.diagonal(dim1=-2, dim2=-1).sub_(1)
             # X^2 = (A/c)^2 - 2 X - I
             x_square = square.mul_(inverse.square()[..., None, None]).sub_(x, alpha=2)
             x_square.diagonal(dim1=-2, dim2=-1).sub_(1)
-            value = (x.shape[-1] + null_dim) * scale.log()
-            for m, trace in enumerate(_traces(x, x_square, self.order), start=1):
-                value = value + (trace + null_dim * (inverse - 1) ** m) * ((-1) ** (m + 1) / m)
+            value = -(x.shape[-1] + null_dim) * inverse.log()
+            traces = [trace + null_dim * (inverse - 1) ** m for m, trace in _traces(x, x_square, self.order)]
+            for m, trace in enumerate(traces, start=1):
+                value = value + trace * ((-1) ** (m + 1) / m)
             values.append(value)
+            remainders.append(traces[-1] * (-1) ** self.order)
             powers += [x, x_square]
-        return torch.cat(values), (inverse, *powers)
+        return torch.cat(values), (inverse, is_largest / is_largest.sum(0), torch.cat(remainders), *powers)
 
-    def derivatives(self, *state: Tensor) -> list[Tensor]:
-        """P grows by P_{p+2} = I - X + X^2 P_p: at order 4 one more product of matrices."""
-        inverse, *powers = state
-        return [
-            _inverse_series(x, x_square, self.order).mul_(inverse[..., None, None])
-            for x, x_square in zip(powers[::2], powers[1::2], strict=True)
-        ]
+    def gradients(self, weights: Weights, *state: Tensor) -> list[Tensor]:
+        """P grows by P_{p+2} = I - X + X^2 P_p: at order 4 one more product of matrices, and one for the scale."""
+        inverse, is_largest, remainders, *powers = state
+        pairs = list(zip(powers[::2], powers[1::2], strict=True))
+        # All log dets share the scale, and the largest matrix sets it.
+        total = torch.stack([r * w for w, r in zip(weights, remainders.unbind(), strict=True)]).sum(0)
+        through_scale = total * is_largest / self.beta**4
+        grads = [_inverse_series(x, x_square, self.order) for x, x_square in pairs]
+        _scale(grads, weights)
+        for grad, (x, x_square), share in zip(grads, pairs, through_scale.split([len(g) for g in grads]), strict=True):
+            # (I + X)^3 = I + 3 X + 3 X^2 + X^3
+            cube = (x @ x_square).add_(x, alpha=3).add_(x_square, alpha=3)
+            cube.diagonal(dim1=-2, dim2=-1).add_(1)
+            grad.add_(cube.mul_(share[..., None, None])).mul_(inverse[..., None, None])
+        return grads
 
 
-def _common_scale(squares: Sequence[Tensor], null_dims: Sequence[int]) -> Tensor:
-    """Max_j (tr A_j^4)^{1/4} over groups (g, ..., n, n) of squares A^2 and their first dimension, (...)."""
+def _scale(grads: Groups, weights: Weights) -> None:
+    """Multiply the matrices of all groups by their weights, in place."""
+    matrices = [matrix for group in grads for matrix in group]
+    for matrix, weight in zip(matrices, weights, strict=True):
+        if isinstance(weight, Tensor):
+            matrix.mul_(weight[..., None, None])
+        elif weight != 1:
+            matrix.mul_(weight)
+
+
+def _fourth_power_norms(squares: Groups, null_dims: Sequence[int]) -> Tensor:
+    """(tr A^4)^{1/4} of every matrix, (sum of g, ...), from the squares A^2 of groups (g, ..., n, n)."""
     # Normalised before the fourth power: float32 would overflow from 1e9.
     diagonals = [square.diagonal(dim1=-2, dim2=-1).amax((0, -1)) for square in squares]
     largest = torch.stack(diagonals).amax(0).clamp(min=1)
@@ -135,11 +168,11 @@ def _common_scale(squares: Sequence[Tensor], null_dims: Sequence[int]) -> Tensor
         (square / largest[..., None, None]).square().sum((-2, -1)) + null_dim / largest.square()
         for square, null_dim in zip(squares, null_dims, strict=True)
     ]
-    return torch.cat(fourth).amax(0).pow(0.25) * largest.sqrt()
+    return torch.cat(fourth).pow(0.25) * largest.sqrt()
 
 
-def _traces(x: Tensor, x_square: Tensor, order: int) -> list[Tensor]:
-    """Traces of X, X^2, ..., X^order."""
+def _traces(x: Tensor, x_square: Tensor, order: int) -> list[tuple[int, Tensor]]:
+    """(m, tr X^m) for m up to the order."""
     traces = [matrix.diagonal(dim1=-2, dim2=-1).sum(-1) for matrix in (x, x_square)][:order]
     # tr X^{i+j} = <X^i, X^j> for symmetric X: powers up to half the order suffice.
     powers = [x, x_square]
@@ -147,7 +180,7 @@ def _traces(x: Tensor, x_square: Tensor, order: int) -> list[Tensor]:
         if len(powers) < (m + 1) // 2:
             powers.append(powers[-1] @ x)
         traces.append((powers[m // 2 - 1] * powers[m - m // 2 - 1]).sum((-2, -1)))
-    return traces
+    return list(enumerate(traces, start=1))
 
 
 def _inverse_series(x: Tensor, x_square: Tensor, order: int) -> Tensor:
@@ -167,15 +200,13 @@ class _LogDets(torch.autograd.Function):
     def forward(ctx: Any, log_det: LogDet, null_dims: Sequence[int], *groups: Tensor) -> Tensor:
         value, state = log_det.value(groups, null_dims)
         ctx.save_for_backward(*state)
-        ctx.log_det, ctx.sizes = log_det, [len(matrices) for matrices in groups]
+        ctx.log_det = log_det
         return value
 
     @staticmethod
     @closed_form
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        derivatives = ctx.log_det.derivatives(*ctx.saved_tensors)
-        weights = grad.split(ctx.sizes)
-        return None, None, *(d.mul_(w[..., None, None]) for d, w in zip(derivatives, weights, strict=True))
+        return None, None, *ctx.log_det.gradients(grad.unbind(), *ctx.saved_tensors)
 
 
 class _JointLogDets(torch.autograd.Function):
