@@ -11,8 +11,12 @@ import pytest
 import mmi_loss
 
 ROOT = Path(__file__).parent.parent
-# Folder in the tree: folder in the wheel.
-MAPPING = {"mmi_loss": "mmi_loss", "integrations": "mmi_loss/integrations"}
+# Folder in the tree: folder in the wheel; a file belongs to the first that holds it.
+MAPPING = {
+    "mmi_loss": "mmi_loss",
+    "integrations/hydra_plugins": "hydra_plugins",
+    "integrations": "mmi_loss/integrations",
+}
 SUFFIXES = {".py", ".yaml", ".typed"}
 
 
@@ -37,8 +41,10 @@ def distributions(tmp_path_factory):
 
 
 def package_files():
+    seen = set()
     for folder, installed in MAPPING.items():
-        for path in (ROOT / folder).rglob("*"):
+        for path in set((ROOT / folder).rglob("*")) - seen:
+            seen.add(path)
             if path.is_file() and path.suffix in SUFFIXES and "__pycache__" not in path.parts:
                 yield f"{installed}/{path.relative_to(ROOT / folder).as_posix()}"
 
