@@ -71,6 +71,7 @@ def register() -> Any:
 
 def _unsupported(reason: str) -> str:
     return (
-        f"method=mmi cannot be added to solo-learn: {reason}. It needs the version on GitHub (1.0.6), run from the root "
-        "of a clone after `pip install -r requirements.txt 'setuptools<82'`; the release on PyPI, 1.0.2, is not supported"
+        f"method=mmi cannot be added to solo-learn: {reason}. It needs the version on GitHub (1.0.6), run from the "
+        "root of a clone after `pip install -r requirements.txt 'setuptools<82'`; the release on PyPI, 1.0.2, is not "
+        "supported"
     )

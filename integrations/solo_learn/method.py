@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -26,44 +27,17 @@ OPTIONS = {
 # What the configurations of solo-learn's own methods hold in `method_kwargs`: `--config-name barlow method=mmi`
 # inherits such keys, and they are no mistakes. Anything else that is not ours is one.
 FOREIGN = frozenset(
-    [
-        "base_tau_momentum",
-        "clip_grad",
-        "cov_loss_weight",
-        "decoder_depth",
-        "decoder_embed_dim",
-        "decoder_num_heads",
-        "epoch_queue_starts",
-        "final_tau_momentum",
-        "freeze_last_layer",
-        "freeze_prototypes_epochs",
-        "iternorm",
-        "kmeans_iters",
-        "lamb",
-        "mask_ratio",
-        "momentum_classifier",
-        "norm_last_layer",
-        "norm_pix_loss",
-        "num_prototypes",
-        "pred_hidden_dim",
-        "queue_size",
-        "scale_loss",
-        "sim_loss_weight",
-        "sk_epsilon",
-        "sk_iters",
-        "student_temperature",
-        "teacher_temperature",
-        "temperature",
-        "temperature_k",
-        "temperature_q",
-        "use_bn_in_head",
-        "var_loss_weight",
-        "warmup_teacher_temperature",
-        "warmup_teacher_temperature_epochs",
-        "whitening_eps",
-        "whitening_iters",
-        "whitening_size",
-    ]
+    re.findall(
+        r"\w+",
+        """
+        base_tau_momentum clip_grad cov_loss_weight decoder_depth decoder_embed_dim decoder_num_heads epoch_queue_starts
+        final_tau_momentum freeze_last_layer freeze_prototypes_epochs iternorm kmeans_iters lamb mask_ratio
+        momentum_classifier norm_last_layer norm_pix_loss num_prototypes pred_hidden_dim queue_size scale_loss
+        sim_loss_weight sk_epsilon sk_iters student_temperature teacher_temperature temperature temperature_k
+        temperature_q use_bn_in_head var_loss_weight warmup_teacher_temperature warmup_teacher_temperature_epochs
+        whitening_eps whitening_iters whitening_size
+        """,
+    )
 )
 
 
