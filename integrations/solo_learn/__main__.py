@@ -34,7 +34,6 @@ def main(arguments: list[str]) -> int:
 
 def _cuda_or_cpu(name: str) -> contextlib.AbstractContextManager[Any]:
     import torch
-
     from mmi_loss.integrations.solo_learn.cpu import CUDACallsOnCPU
 
     if torch.cuda.is_available():
