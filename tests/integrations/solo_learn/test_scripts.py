@@ -27,9 +27,11 @@ def digits(checkout, tmp_path_factory):
 
 def python(command, cwd):
     command = [sys.executable, "-W", "ignore", *map(str, command)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout + done.stderr
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    output = done.stdout + done.stderr
+    print("$", " ".join(command), *output.replace("\r", "\n").splitlines()[-5:], sep="\n")  # pytest -rP shows it
+    assert done.returncode == 0, output[-5000:]
+    return output
 
 
 def pretrain(checkout, digits, out, *overrides, config=("--config-name", "mmi_custom")):
