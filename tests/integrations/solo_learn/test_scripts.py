@@ -27,7 +27,7 @@ def digits(checkout, tmp_path_factory):
 
 def python(command, cwd):
     command = [sys.executable, "-W", "ignore", *map(str, command)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", **os.environ})
     output = done.stdout + done.stderr
     print("$", " ".join(command), *output.replace("\r", "\n").splitlines()[-5:], sep="\n")  # pytest -rP shows it
     assert done.returncode == 0, output[-5000:]
