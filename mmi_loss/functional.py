@@ -178,7 +178,7 @@ def components(views: Sequence[Tensor], step: int | Tensor, options: Options) ->
     value, log_dets, dim, ridge = _estimate(views, step, options)
     # log det(I + M / ridge) to the differential entropy of the features plus noise.
     constant = dim / 2 * (math.log(2 * math.pi * math.e) + math.log(ridge))
-    half = log_dets.mean(-1) / 2
+    half = log_dets.reshape(len(log_dets), -1).mean(-1) / 2
     entropy_a = half[0] + constant
     if options.objective == "joint":
         entropy_b, joint_entropy = half[1] + constant, half[2] + 2 * constant
@@ -190,8 +190,8 @@ def components(views: Sequence[Tensor], step: int | Tensor, options: Options) ->
 
 
 class _Estimate(NamedTuple):
-    """The loss with gradient, the constant log-determinants (m, S) it is made of, the features in each, and the noise
-    floor under them.
+    """The loss with gradient, the constant log-determinants (m,) or (m, S) it is made of, the features in each, and
+    the noise floor under them.
     """
 
     loss: Tensor
@@ -259,21 +259,20 @@ def _is_wide(objective: str, num_views: int, samples: int, dim: int) -> bool:
 
 
 def _route(views: list[Tensor], ridge: float, options: Options, gather: bool) -> Value:
-    """The loss from all features (N, D) or slices (S, N, k), and the log-determinants (m, S)."""
+    """The loss from all features (N, D) or slices (S, N, k), and the log-determinants (m,) or (m, S)."""
     num_views, (samples, dim) = len(views), views[0].shape[-2:]
     is_joint = options.objective == "joint"
     if options.impl == "reference":
         order = options.order if options.logdet == "taylor" else None
         stacked = [z.reshape(-1, samples, dim) for z in views]
         log_dets = reference.log_dets(stacked, options.objective, ridge, order, options.beta)
-        return logdets.weighted_sum(log_dets.mean(1), OBJECTIVES[options.objective]), log_dets.detach()
+        return logdets.weighted_sum(log_dets, OBJECTIVES[options.objective]), log_dets.detach()
     # The rows of the other ranks are not here: gathered statistics are covariances.
     if gather or not _is_wide(options.objective, num_views, samples, dim):
         return _joint(views, ridge, options, gather) if is_joint else _pooled(views, ridge, options, gather)
     gram_route = _joint_gram if is_joint else _pooled_gram
     if views[0].ndim == 2:
-        value, log_dets = gram_route(views, ridge, options)
-        return value, log_dets[:, None]
+        return gram_route(views, ridge, options)
     values, log_dets_of_slices = zip(
         *(gram_route([z[s] for z in views], ridge, options) for s in range(len(views[0]))), strict=True
     )
@@ -299,23 +298,24 @@ def _joint(views: list[Tensor], ridge: float, options: Options, gather: bool) ->
     """Covariance route of any two views, each with its own mean and variance."""
     z_a, z_b = (z.reshape(-1, *z.shape[-2:]) for z in views)
     reduce = distributed.sum_constant if gather else None
-    count, mean_a = covariance.count_and_mean([z_a], reduce)
-    _, mean_b = covariance.count_and_mean([z_b], reduce)
+    with torch.no_grad():
+        count, mean_a = covariance.count_and_mean([z_a], reduce)
+        _, mean_b = covariance.count_and_mean([z_b], reduce)
     x_a, x_b = z_a - mean_a, z_b - mean_b
     scatters = torch.stack([covariance.scatter(x_a), covariance.cross_scatter(x_a, x_b), covariance.scatter(x_b)])
     if gather:
         scatters = distributed.all_reduce_sum(scatters)
     s_aa, s_ab, s_bb = scatters / count
     joint = torch.cat([torch.cat([s_aa, s_ab], -1), torch.cat([s_ab.mT, s_bb], -1)], -2)
-    floor = covariance.variance_floor(torch.cat([mean_a, mean_b], -1)[:, 0])
-    matrix = covariance.signal_to_noise(joint, floor, ridge)
+    mean = torch.cat([mean_a, mean_b], -1)[:, 0]
+    matrix = covariance.signal_to_noise(joint, mean, ridge)
     if options.logdet == "cholesky":
         values = logdets.joint_log_dets(matrix)
     else:
         dim = z_a.shape[-1]
         blocks = torch.stack([matrix[..., :dim, :dim], matrix[..., dim:, dim:]])
         values = logdets.log_dets([blocks, matrix[None]], options.log_det())
-    return logdets.weighted_sum(values.mean(1), OBJECTIVES["joint"]), values.detach()
+    return logdets.weighted_sum(values, OBJECTIVES["joint"]), values.detach()
 
 
 def _pooled_gram(views: list[Tensor], ridge: float, options: Options) -> Value:

@@ -115,11 +115,15 @@ class MMILoss(nn.Module):
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """The loss of (N, D) and (N, D) embeddings: a scalar, minus the mutual information in nats."""
-        return functional.loss([z_a, z_b], self._advance(z_a), self.options)
+        loss = functional.loss([z_a, z_b], self._step_on(z_a), self.options)
+        self._advance()
+        return loss
 
     def forward_components(self, z_a: Tensor, z_b: Tensor) -> MMIComponents:
         """The loss with the entropies it is made of, for logging; see :class:`MMIComponents`."""
-        return functional.components([z_a, z_b], self._advance(z_a), self.options)
+        components = functional.components([z_a, z_b], self._step_on(z_a), self.options)
+        self._advance()
+        return components
 
     def extra_repr(self) -> str:
         """The options."""
@@ -128,14 +132,16 @@ class MMILoss(nn.Module):
             shown = {name: value for name, value in shown.items() if name not in ("order", "beta")}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
-    def _advance(self, z: Tensor) -> Tensor:
-        """This call's step. The counter is a tensor so that compiled and captured graphs advance it too."""
-        if isinstance(z, Tensor) and self.step.device != z.device:  # criteria are rarely moved to the device
+    def _step_on(self, z: Tensor) -> Tensor:
+        """The step counter on the embeddings' device: criteria are rarely moved there."""
+        if isinstance(z, Tensor) and self.step.device != z.device:
             self.step = self.step.to(z.device)
-        step = self.step.clone()
+        return self.step
+
+    def _advance(self) -> None:
+        """Count a step of training. The counter is a tensor so that compiled and captured graphs advance it too."""
         if self.training:
             self.step.add_(1)
-        return step
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # A checkpoint of a criterion without state: keep counting from here.

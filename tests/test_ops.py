@@ -37,7 +37,7 @@ FUNCTIONS = {
     ),
     "cross_scatter": (covariance.cross_scatter, [normal(2, 5, 3), normal(2, 5, 4, seed=1)]),
     "signal_to_noise": (
-        lambda m: symmetric(covariance.signal_to_noise(symmetric(m), torch.tensor(0.1), 0.7)),
+        lambda m: symmetric(covariance.signal_to_noise(symmetric(m), torch.ones(2, 4, dtype=torch.float64), 0.7)),
         [spd(2, 4, 4)],
     ),
     "log_dets": (

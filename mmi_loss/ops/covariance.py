@@ -89,8 +89,6 @@ class _PooledLoss(torch.autograd.Function):
         reduce: Reduce | None,
         *views: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.shape = views[0].shape
-        views = tuple(view.reshape(-1, *view.shape[-2:]) for view in views)
         count, mean = count_and_mean(views, reduce)
         rows = views[0].new_empty((len(views), *views[0].shape))
         running = torch.sub(views[0], mean, out=rows[0])
@@ -98,17 +96,17 @@ class _PooledLoss(torch.autograd.Function):
             centred = view - mean
             torch.sub(running, centred, alpha=i, out=rows[i])
             running.add_(centred)
-        products = torch.matmul(rows.mT, rows)
+        products = _products(rows.mT, rows)
         if reduce is not None:
             products = reduce(products)
-        moments = _combine(products, coefficients).div_(count)
-        variance = moments[0].diagonal(dim1=-2, dim2=-1) + variance_floor(mean[:, 0])
+        moments = _combine(products, coefficients, count)
+        variance = add_variance_floor(moments[0].diagonal(dim1=-2, dim2=-1), mean.squeeze(-2))
         weight = _noise_weight(variance, ridge)
         moments.mul_(weight)
         matrices = moments.clone()
         matrices.diagonal(dim1=-2, dim2=-1).add_(1)
         log_dets, state = log_det.value([matrices], [0])
-        loss = weighted_sum(log_dets.mean(-1), weights)
+        loss = weighted_sum(log_dets, weights)
         ctx.save_for_backward(rows, moments, weight, variance, *state)
         ctx.coefficients, ctx.weights, ctx.count, ctx.log_det, ctx.reduce = (
             coefficients,
@@ -125,21 +123,23 @@ class _PooledLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         rows, moments, weight, variance, *state = ctx.saved_tensors
         (grad_moments,) = ctx.log_det.gradients(ctx.weights, *state)
-        grad_moments.mul_(grad / variance.shape[0])
+        grad_moments.mul_(grad)
         grad_variance = (grad_moments * moments).sum((0, -1)).div_(variance)
         grad_moments.mul_(weight)
         grad_moments[0].diagonal(dim1=-2, dim2=-1).sub_(grad_variance)
         # The factors of F_j = w_j A_j^{-1} / 2 and of G_i = 2 sum_j c_ji dM_j cancel.
-        grad_products = _combine(grad_moments, list(zip(*ctx.coefficients, strict=True))).div_(ctx.count)
+        transposed = list(zip(*ctx.coefficients, strict=True))
+        num_slices = variance.numel() // variance.shape[-1]
+        grad_products = _combine(grad_moments, transposed, ctx.count * num_slices)
         if ctx.reduce is not None:
             grad_products = ctx.reduce(grad_products)
-        total, *others = torch.matmul(rows, grad_products)
+        total, *others = _products(rows, grad_products)
         grads: list[Tensor] = []
         # A view is subtracted in one contrast and added in all after it: from the last to the first.
         for i in range(len(others), 0, -1):
             grads.insert(0, torch.sub(total, others[i - 1], alpha=i))
             total.add_(others[i - 1])
-        return *(None,) * 5, *(grad.view(ctx.shape) for grad in (total, *grads))
+        return *(None,) * 5, total, *grads
 
 
 def pooled_loss(
@@ -150,7 +150,7 @@ def pooled_loss(
     log_det: LogDet,
     reduce: Reduce | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss (a scalar, in nats) and the log-determinants (m, S) it is made of, of V views (S, N, k) or (N, k).
+    """Loss (a scalar, in nats) and the log-determinants (m, S) or (m,) it is made of, of V views (S, N, k) or (N, k).
 
     ``coefficients`` (m, V) combine the second moments of the V contrasts into m matrices; the first is the covariance
     that standardises all. ``weights`` (m) are those of the log-determinants in twice the loss.
@@ -167,8 +167,8 @@ class _SignalToNoise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, moments: Tensor, floor: Tensor, ridge: float) -> Tensor:
-        variance = moments.diagonal(dim1=-2, dim2=-1) + floor
+    def forward(ctx: Any, moments: Tensor, mean: Tensor, ridge: float) -> Tensor:
+        variance = add_variance_floor(moments.diagonal(dim1=-2, dim2=-1), mean)
         weight = _noise_weight(variance, ridge)
         moments = moments * weight
         ctx.save_for_backward(moments, weight, variance)
@@ -185,13 +185,13 @@ class _SignalToNoise(torch.autograd.Function):
         return grad_moments, None, None
 
 
-def signal_to_noise(moments: Tensor, floor: Tensor, ridge: float) -> Tensor:
-    """I + (standardised moments) / ridge, for symmetric second moments (..., k, k) about the mean.
+def signal_to_noise(moments: Tensor, mean: Tensor, ridge: float) -> Tensor:
+    """I + (standardised moments) / ridge, for symmetric second moments (..., k, k) about the ``mean`` (..., k).
 
-    Their diagonal plus ``floor`` (..., k) is the variance that standardises. The log det of the result is twice the
+    Their diagonal is the variance that standardises. The log det of the result is twice the
     capacity, in nats, of a Gaussian channel with noise ``ridge`` in units of feature variance.
     """
-    result: Tensor = _SignalToNoise.apply(moments, floor, ridge)
+    result: Tensor = _SignalToNoise.apply(moments, mean, ridge)
     return result
 
 
@@ -201,38 +201,44 @@ def _noise_weight(variance: Tensor, ridge: float) -> Tensor:
     return inverse_std[..., :, None] * (inverse_std[..., None, :] / ridge)
 
 
-def _combine(matrices: Tensor, coefficients: Coefficients) -> Tensor:
-    """Weighted sums over the first dimension, one per row of coefficients; zero weights cost nothing."""
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """Batched products of (V, ..., n, m) and (V, ..., m, k): ``matmul`` without its price of broadcasting."""
+    if left.ndim == 3:
+        return torch.bmm(left, right)
+    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, left.shape[:2])
+
+
+def _combine(matrices: Tensor, coefficients: Coefficients, divisor: float | Tensor) -> Tensor:
+    """Weighted sums over the first dimension, one per row of coefficients, divided; zero weights cost nothing."""
+    scale = 1.0 if isinstance(divisor, Tensor) else 1 / divisor
     combined = matrices.new_empty((len(coefficients), *matrices.shape[1:]))
     for out, row in zip(combined, coefficients, strict=True):
-        (first, weight), *others = [(m, c) for m, c in zip(matrices, row, strict=True) if c]
+        (first, weight), *others = [(m, c * scale) for m, c in zip(matrices, row, strict=True) if c]
         torch.mul(first, weight, out=out)
         for matrix, weight in others:
             out.add_(matrix, alpha=weight)
-    return combined
+    return combined.div_(divisor) if isinstance(divisor, Tensor) else combined
 
 
 def count_and_mean(views: Sequence[Tensor], reduce: Reduce | None = None) -> tuple[float | Tensor, Tensor]:
-    """The number of samples and the mean (S, 1, k) pooled over samples, views and processes.
+    """The number of samples and the mean (..., 1, k) of views (..., N, k), pooled over samples, views and processes.
 
-    A constant for the gradient: moments about the mean are stationary in it, its derivative vanishes.
+    To be taken as a constant: moments about the mean are stationary in it, its derivative vanishes.
     """
-    with torch.no_grad():
-        total = views[0].sum(1)
-        for view in views[1:]:
-            total += view.sum(1)
-        samples = views[0].shape[1]
-        count: float | Tensor = samples
-        if reduce is not None:
-            packed = reduce(torch.cat([total.flatten(), total.new_full((1,), samples)]))
-            total, count = packed[:-1].view_as(total), packed[-1]
-        return count, total.div_(len(views) * count)[:, None]
+    total = views[0].sum(-2, keepdim=True)
+    for view in views[1:]:
+        total += view.sum(-2, keepdim=True)
+    samples = views[0].shape[-2]
+    if reduce is None:
+        return samples, total.div_(len(views) * samples)
+    packed = reduce(torch.cat([total.flatten(), total.new_full((1,), samples)]))
+    return packed[-1], packed[:-1].view_as(total) / (len(views) * packed[-1])
 
 
-def variance_floor(mean: Tensor) -> Tensor:
-    """The variance that rounding alone gives a constant feature of this mean: below it there is no signal.
+def add_variance_floor(variance: Tensor, mean: Tensor) -> Tensor:
+    """The variance plus what rounding alone gives a constant feature of this mean: below that there is no signal.
 
     Without it a collapsed embedding would be standardised to unit-variance rounding noise.
     """
     resolution = torch.finfo(mean.dtype)
-    return (16 * resolution.eps * mean).square_().add_(resolution.tiny**0.75)
+    return torch.addcmul(variance, mean, mean, value=(16 * resolution.eps) ** 2).add_(resolution.tiny**0.75)

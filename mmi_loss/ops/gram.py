@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmi_loss.ops.autograd import closed_form
-from mmi_loss.ops.covariance import variance_floor
+from mmi_loss.ops.covariance import add_variance_floor
 from mmi_loss.ops.logdet import LogDet, weighted_sum
 
 Block = tuple[int, int, int]
@@ -47,7 +47,7 @@ def _contrasts(views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
                 contrast.add_(view, alpha=weight)
     rows[:n].sub_(mean * num_views**0.5)
     variance = torch.linalg.vecdot(rows, rows, dim=0).div_(num_views * n)
-    inverse_std = variance.add_(variance_floor(mean)).rsqrt_()
+    inverse_std = add_variance_floor(variance, mean).rsqrt_()
     return rows.mul_(inverse_std), inverse_std
 
 

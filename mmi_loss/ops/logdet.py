@@ -31,49 +31,48 @@ class LogDet(Protocol):
 
 
 class Cholesky(LogDet):
-    """Exact; NaN where a matrix is not positive definite. d log det A = tr(A^-1 dA), A^-1 = L^-T L^-1."""
+    """Exact, by one factorisation each. d log det A = tr(A^-1 dA).
+
+    Where the factorisation fails, the log-determinant and the gradient are NaN, where a GradScaler looks: checking on
+    the host would synchronise, and both LAPACK and cuSOLVER leave finite numbers.
+    """
 
     def value(self, groups: Groups, null_dims: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """L^-1 holds the log-determinant on its diagonal, and all that the derivative needs."""
-        factors = [_inverse_factor(matrices) for matrices in groups]
-        log_dets = [factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).mul_(-2) for factor in factors]
+        """The state is the factors."""
+        factors = [_factor(matrices) for matrices in groups]
+        log_dets = [_log_det(factor) for factor in factors]
         return torch.cat(log_dets) if len(log_dets) > 1 else log_dets[0], tuple(factors)
 
     def gradients(self, weights: Weights, *state: Tensor) -> list[Tensor]:
-        """A failed factorisation is NaN here too, where a GradScaler looks."""
-        inverses = [factor.mT @ factor for factor in state]
+        """The inverses come from the factors already at hand."""
+        inverses = [_inverse(factor) for factor in state]
         _scale(inverses, weights)
         return inverses
 
 
-LAPACK_SIZE = 64
+LAPACK_SIZE = 256
+"""Above it LAPACK's inverse of a factored matrix is faster than a triangular solve and a product."""
 
 
-def _inverse_factor(matrices: Tensor) -> Tensor:
-    """L^-1 of A = L L^T, by halves: with A = [[P, Q^T], [Q, R]], M = Q L_P^-T and L_S that of the Schur complement
-    R - M M^T,
+def _factor(matrices: Tensor) -> Tensor:
+    """Lower Cholesky factors, with a NaN diagonal where the factorisation failed."""
+    factor, info = torch.linalg.cholesky_ex(matrices)
+    factor.diagonal(dim1=-2, dim2=-1).masked_fill_((info != 0)[..., None], float("nan"))
+    return factor
 
-        L^-1 = [[L_P^-1, 0], [-L_S^-1 M L_P^-1, L_S^-1]].
 
-    Matrix products of all matrices at once replace most of LAPACK's factorisations of one after the other, a tenth as
-    fast at these sizes. Where the factorisation fails, the diagonal of L^-1 is NaN: checking on the host would
-    synchronise, and both LAPACK and cuSOLVER leave finite numbers.
-    """
-    size = matrices.shape[-1]
-    if size <= LAPACK_SIZE:
-        factor, info = torch.linalg.cholesky_ex(matrices)
-        factor.diagonal(dim1=-2, dim2=-1).masked_fill_((info != 0)[..., None], float("nan"))
-        identity = torch.eye(size, dtype=factor.dtype, device=factor.device)
-        return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
-    half = (size + 1) // 2
-    first = _inverse_factor(matrices[..., :half, :half])
-    mixed = matrices[..., half:, :half] @ first.mT
-    last = _inverse_factor(matrices[..., half:, half:] - mixed @ mixed.mT)
-    inverse_factor = torch.zeros_like(matrices)
-    inverse_factor[..., :half, :half] = first
-    inverse_factor[..., half:, half:] = last
-    inverse_factor[..., half:, :half] = (last @ (mixed @ first)).neg_()
-    return inverse_factor
+def _log_det(factor: Tensor) -> Tensor:
+    return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).mul_(2)
+
+
+def _inverse(factor: Tensor) -> Tensor:
+    """A^-1 = L^-T L^-1."""
+    size = factor.shape[-1]
+    if size > LAPACK_SIZE:
+        return torch.cholesky_inverse(factor)
+    identity = torch.eye(size, dtype=factor.dtype, device=factor.device)
+    inverse_factor = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+    return inverse_factor.mT @ inverse_factor
 
 
 @dataclass(frozen=True)
@@ -212,18 +211,15 @@ class _LogDets(torch.autograd.Function):
 class _JointLogDets(torch.autograd.Function):
     """Exact log det of both diagonal blocks of J = [[A, X], [X^T, B]] and of J itself.
 
-    The first half of J's inverse factor is that of A, so only B needs a second factorisation.
+    The first half of J's factor is that of A, so only B needs a second factorisation.
     """
 
     @staticmethod
     def forward(ctx: Any, joint: Tensor) -> Tensor:
         half = joint.shape[-1] // 2
-        factor = _inverse_factor(joint)
-        factor_b = _inverse_factor(joint[..., half:, half:])
-        pivots = factor.diagonal(dim1=-2, dim2=-1).log()
-        log_det_b = factor_b.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        factor, factor_b = _factor(joint), _factor(joint[..., half:, half:])
         ctx.save_for_backward(factor, factor_b)
-        return torch.stack([pivots[..., :half].sum(-1), log_det_b, pivots.sum(-1)]).mul_(-2)
+        return torch.stack([_log_det(factor[..., :half, :half]), _log_det(factor_b), _log_det(factor)])
 
     @staticmethod
     @closed_form
@@ -231,10 +227,9 @@ class _JointLogDets(torch.autograd.Function):
         factor, factor_b = ctx.saved_tensors
         half = factor_b.shape[-1]
         scale_a, scale_b, scale = grad[..., None, None]
-        factor_a = factor[..., :half, :half]
-        grad_joint = (factor.mT @ factor).mul_(scale)
-        grad_joint[..., :half, :half] += (factor_a.mT @ factor_a).mul_(scale_a)
-        grad_joint[..., half:, half:] += (factor_b.mT @ factor_b).mul_(scale_b)
+        grad_joint = _inverse(factor).mul_(scale)
+        grad_joint[..., :half, :half] += _inverse(factor[..., :half, :half]).mul_(scale_a)
+        grad_joint[..., half:, half:] += _inverse(factor_b).mul_(scale_b)
         return grad_joint
 
 
@@ -253,6 +248,8 @@ def joint_log_dets(joint: Tensor) -> Tensor:
 
 
 def weighted_sum(log_dets: Tensor, weights: Sequence[float]) -> Tensor:
-    """Half the weighted sum over the first dimension: log-determinants to the loss."""
-    terms = [log_det * (weight / 2) for log_det, weight in zip(log_dets.unbind(), weights, strict=True)]
-    return sum(terms[1:], start=terms[0])
+    """Half the weighted sum over the first dimension, mean over the others: log-determinants to the loss."""
+    total = log_dets[0] * (weights[0] / 2)
+    for log_det, weight in zip(log_dets[1:], weights[1:], strict=True):
+        total = total.add(log_det, alpha=weight / 2)
+    return total.mean() if total.ndim else total
