@@ -106,20 +106,32 @@ def _cells_of_secondary(method: str) -> tuple[tuple[int, int], ...]:
 
 
 def tune(options: argparse.Namespace, path: Path, console: Console) -> dict[tuple[str, str], float]:
-    """The best learning rate of every task and method, from a grid that grows until it brackets the best one."""
+    """The best learning rate of every task and method.
+
+    A coarse grid grows until it brackets the best one. The baselines are then tried at half and at twice theirs; our
+    own losses are left at the coarse grid, so that what the search leaves to chance is to the baselines' advantage.
+    """
     tried = {
         (task, method): list(RATES) for method in options.methods for task in options.tasks if method != grid.UNTRAINED
     }
-    for _ in range(MAX_RATE_ROUNDS):
+
+    def measure() -> dict[tuple[str, str], float]:
         todo = [_tuning_cell(options, *which, rate) for which, tries in tried.items() for rate in tries]
         grid.run(todo, path, options.out / "cache", options.workers, console)
-        best = report.best_rates(environment.read(path), todo)
+        return report.best_rates(environment.read(path), todo)
+
+    best = measure()
+    for _ in range(MAX_RATE_ROUNDS - 1):
         for which, tries in tried.items():
             if best[which] == min(tries):
                 tries.insert(0, min(tries) / RATE_FACTOR)
             elif best[which] == max(tries):
                 tries.append(max(tries) * RATE_FACTOR)
-    return best
+        best = measure()
+    for (task, method), tries in tried.items():
+        if method in report.BASELINES:
+            tries += [best[task, method] / 2, best[task, method] * 2]
+    return measure()
 
 
 def _tuning_cell(options: argparse.Namespace, task: str, method: str, rate: float) -> Cell:

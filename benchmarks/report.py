@@ -325,7 +325,9 @@ def _rates(rows: list[Row]) -> str:
     first = rows[0]
     note = (
         f"<p class=note>Mean of kNN and linear accuracy per rate of AdamW, seed {first['seed']} (not compared above), "
-        "D = 512, N = 256 (W-MSE: D = 128). The grid grows by factors of four until the best rate is inside.</p>"
+        "D = 512, N = 256 (W-MSE: D = 128). "
+        "The grid grows by factors of four until the best rate is inside; baselines are also tried at half and twice "
+        "their best.</p>"
     )
     rates = sorted({float(row["learning_rate"]) for row in rows})
     scores = {
