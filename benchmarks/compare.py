@@ -55,6 +55,7 @@ def main(arguments: list[str]) -> None:
     """Tune, run what is missing, then show the tables and write the report."""
     options, console = parse(arguments), Console()
     results, rates = options.out / "compare.csv", options.out / "compare-rates.csv"
+    chosen = {} if options.rate else report.best_rates(environment.read(rates))
     if not options.report:
         try:
             chosen = {} if options.rate else tune(options, rates, console)
@@ -62,7 +63,9 @@ def main(arguments: list[str]) -> None:
         except KeyboardInterrupt:
             console.print("\ninterrupted; the same command goes on from the last finished run")
             sys.exit(130)
-    rows = environment.read(results)
+    # Rows of a rate that a larger grid has overtaken are kept in the file, not compared.
+    wanted = {cell.key for cell in cells(options, chosen)}
+    rows = [row for row in environment.read(results) if row["cell"] in wanted]
     if not rows:
         raise SystemExit(f"{results} has no finished runs to report")
     for table in report.tables(rows):

@@ -66,12 +66,12 @@ def title(method: str) -> str:
     return {grid.UNTRAINED: "untrained"}.get(method) or METHODS[method].title
 
 
-def best_rates(rows: Iterable[Row], cells: Iterable[grid.Cell]) -> dict[tuple[str, str], float]:
-    """The rate of the highest mean of kNN and linear accuracy, per task and method, among the given cells."""
-    keys = {cell.key for cell in cells}
+def best_rates(rows: Iterable[Row], cells: Iterable[grid.Cell] | None = None) -> dict[tuple[str, str], float]:
+    """The rate of the highest mean of kNN and linear accuracy, per task and method; of the given cells, or of all."""
+    keys = None if cells is None else {cell.key for cell in cells}
     scores: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
-        if row["cell"] in keys:
+        if keys is None or row["cell"] in keys:
             score = (float(row["knn"]) + float(row["linear"])) / 2
             scores[row["task"], row["method"]].append(
                 (-1.0 if math.isnan(score) else score, float(row["learning_rate"]))
