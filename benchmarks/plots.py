@@ -148,13 +148,12 @@ def steps_grid(rows: list[Row], titles: dict[str, str]) -> bytes:
     )
     for i, task in enumerate(tasks):
         for axis, n in zip(axes[i], sizes, strict=True):
+            untrained: list[float] = []
             for method in titles:
                 found = [r for r in rows if (r["task"], r["method"], *_sizes(r)) == (task, method, dim, n)]
                 if method == "untrained":
                     found = [r for r in rows if (r["task"], r["method"]) == (task, method)]
-                    if found:
-                        level = np.mean([float(r["knn"]) for r in found])
-                        axis.axhline(level, color=COLOURS[method], linestyle=":", label=titles[method])
+                    untrained = [float(r["knn"]) for r in found]
                     continue
                 if not found:
                     continue
@@ -166,11 +165,25 @@ def steps_grid(rows: list[Row], titles: dict[str, str]) -> bytes:
                 axis.fill_between(step, knn.min(0), knn.max(0), color=COLOURS.get(method), alpha=0.12, linewidth=0)
             axis.set_title(f"{task}, D = {dim}, N = {n}", fontsize=10)
             axis.grid(alpha=0.3)
+            _untrained(axis, untrained)
         axes[i, 0].set_ylabel("kNN accuracy")
     for axis in axes[-1]:
         axis.set_xlabel("optimiser steps")
     _legend(figure, axes)
     return _png(figure)
+
+
+def _untrained(axis: Any, values: list[float]) -> None:
+    """The untrained backbone's level: a line, or a number where a line would squeeze the curves."""
+    if not values:
+        return
+    level, (low, high) = float(np.mean(values)), axis.get_ylim()
+    if low - level < high - low:
+        axis.axhline(level, color=COLOURS["untrained"], linestyle=":", label="untrained")
+    else:
+        axis.text(
+            0.98, 0.03, f"untrained: {level:.2f}", transform=axis.transAxes, ha="right", color="#888888", fontsize=8
+        )
 
 
 def _legend(figure: Any, axes: Any) -> None:
@@ -191,12 +204,11 @@ def against_sizes(rows: list[Row], titles: dict[str, str]) -> bytes:
     for column, task in enumerate(tasks):
         for axis, free in zip(axes[:, column], (0, 1), strict=True):
             ticks: set[int] = set()
+            untrained: list[float] = []
             for method in titles:
                 found = [r for r in rows if (r["task"], r["method"]) == (task, method)]
                 if method == "untrained":
-                    if found:
-                        level = np.mean([float(r["linear"]) for r in found])
-                        axis.axhline(level, color=COLOURS[method], linestyle=":", label=titles[method])
+                    untrained = [float(r["linear"]) for r in found]
                     continue
                 found = [r for r in found if _sizes(r)[1 - free] == middle[1 - free]]
                 x = sorted({_sizes(r)[free] for r in found})
@@ -218,6 +230,7 @@ def against_sizes(rows: list[Row], titles: dict[str, str]) -> bytes:
             axis.grid(alpha=0.3)
             axis.set_xlabel(("width of the projector, D", "batch size, N")[free])
             axis.set_title(f"{task}, {'N' if free == 0 else 'D'} = {middle[1 - free]}", fontsize=10)
+            _untrained(axis, untrained)
     for axis in axes[:, 0]:
         axis.set_ylabel("linear probe")
     _legend(figure, axes)

@@ -160,7 +160,7 @@ class Watch(pl.Callback):
         self.on_step()
         steps = self.settings.steps
         every = max(1, steps // self.settings.evaluations)
-        if trainer.global_step < steps and trainer.global_step % every == 0 and trainer.is_global_zero:
+        if trainer.global_step < steps - every // 2 and trainer.global_step % every == 0 and trainer.is_global_zero:
             train, test = evaluation.features_of(module.backbone, self.task)
             accuracy = evaluation.knn_accuracy(train, test, self.task.num_classes)
             seconds = sum(self.step_seconds)
