@@ -21,7 +21,6 @@ from benchmarks.data import clutter, latent
 from benchmarks.grid import Cell
 from benchmarks.methods import METHODS, FastBarlowTwins, FastVICReg, LeJEPA
 
-
 SIZES = {"NUM_TRAIN": latent.NUM_TRAIN, "NUM_TEST": latent.NUM_TEST}
 
 
