@@ -6,7 +6,7 @@ import base64
 import html
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -242,13 +242,17 @@ def _introduction(rows: list[Row]) -> str:
     )
     columns = {name: sorted({row[name] for row in rows}) for name in ("version", "commit", "torch", "device", "date")}
     where = "; ".join(f"{name} {', '.join(values)}" for name, values in columns.items())
+    counts = Counter(row["method"] for row in rows)
+    runs = ", ".join(f"{title(method)} {count}" for method, count in counts.most_common())
     return (
         f"<p>{len(rows)} runs. One backbone per task, one projector (hidden width {rows[0]['hidden_dim']}), the same "
         "views, AdamW with warm-up and cosine decay; every loss with its library's published settings and the best "
         "learning rate of its own grid (at the end of this page). digits: scikit-learn's 1,797 real handwritten digits "
         "under nuisances; clutter: the same digits in synthetic 32 x 32 RGB scenes; latent: 8 known factors of content "
         f"among 24 of nuisance. Optimiser steps: {html.escape(budget)}. Small networks and short budgets: what holds "
-        f"here need not hold at the scale of ImageNet.</p><p class=note>{html.escape(where)}. Times are in the "
+        f"here need not hold at the scale of ImageNet.</p><p class=note>Runs per method: {html.escape(runs)}. A method "
+        "without figures in a cell was not run there; a figure without spread is one seed. The CSV file also keeps the "
+        f"runs at rates that a finer grid has overtaken; they are not compared.</p><p class=note>{html.escape(where)}. Times are in the "
         "CSV file but were taken while other processes ran: <code>python -m benchmarks speed</code> measures time.</p>"
     )
 
