@@ -250,10 +250,11 @@ def _introduction(rows: list[Row]) -> str:
         "learning rate of its own grid (at the end of this page). digits: scikit-learn's 1,797 real handwritten digits "
         "under nuisances; clutter: the same digits in synthetic 32 x 32 RGB scenes; latent: 8 known factors of content "
         f"among 24 of nuisance. Optimiser steps: {html.escape(budget)}. Small networks and short budgets: what holds "
-        f"here need not hold at the scale of ImageNet.</p><p class=note>Runs per method: {html.escape(runs)}. A method "
+        "here need not hold at the scale of ImageNet.</p>"
+        f"<p class=note>Runs per method: {html.escape(runs)}. A method "
         "without figures in a cell was not run there; a figure without spread is one seed. The CSV file also keeps the "
-        f"runs at rates that a finer grid has overtaken; they are not compared.</p><p class=note>{html.escape(where)}. Times are in the "
-        "CSV file but were taken while other processes ran: <code>python -m benchmarks speed</code> measures time.</p>"
+        "runs at rates that a finer grid has overtaken; they are not compared.</p>"
+        f"<p class=note>{html.escape(where)}. Times are in the CSV file but were taken while other processes ran: <code>python -m benchmarks speed</code> measures time.</p>"
     )
 
 
