@@ -29,7 +29,8 @@ def python(command, cwd):
     command = [sys.executable, "-W", "ignore", *map(str, command)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", **os.environ})
     output = done.stdout + done.stderr
-    print("$", " ".join(command), *output.replace("\r", "\n").splitlines()[-5:], sep="\n")  # pytest -rP shows it
+    last = [line for line in output.replace("\r", "\n").splitlines() if line.strip(" \x1b[A")][-3:]
+    print("$ " + " ".join(command), *last, sep="\n")  # pytest -rP shows it
     assert done.returncode == 0, output[-5000:]
     return output
 
@@ -104,9 +105,7 @@ def test_resuming_goes_on_counting(checkout, digits, pretrained, tmp_path):
 
 
 def test_two_processes(checkout, digits, tmp_path):
-    folder, output = pretrain(
-        checkout, digits, tmp_path, "devices='2'", "strategy=ddp", "optimizer.batch_size=8", "sync_batchnorm=True"
-    )
+    folder, output = pretrain(checkout, digits, tmp_path, "devices='2'", "strategy=ddp", "optimizer.batch_size=8")
     assert "distributed_backend=gloo" in output
     assert "2 processes" in output
     assert steps(folder) == 2 * BATCHES
