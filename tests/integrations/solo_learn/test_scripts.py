@@ -28,7 +28,7 @@ def digits(checkout, tmp_path_factory):
 def python(command, cwd):
     command = [sys.executable, "-W", "ignore", *map(str, command)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", **os.environ})
-    output = done.stdout + done.stderr
+    output = done.stderr + done.stdout
     last = [line for line in output.replace("\r", "\n").splitlines() if line.strip(" \x1b[A")][-3:]
     print("$ " + " ".join(command), *last, sep="\n")  # pytest -rP shows it
     assert done.returncode == 0, output[-5000:]
