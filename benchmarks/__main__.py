@@ -9,6 +9,7 @@ COMMANDS = {
     "demo": "MMI beside Barlow Twins and VICReg on real images, in minutes",
     "compare": "methods x widths x batch sizes x seeds on three embedded tasks, in hours",
     "speed": "time and memory against every rival, to the floor",
+    "step": "the loss's share of a training step: backbone, projector, loss, optimiser",
     "solo_learn": "Barlow Twins, VICReg and MMI in an unmodified clone of solo-learn",
 }
 

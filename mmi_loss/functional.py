@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mmi_loss import distributed, reference
 from mmi_loss.diagnostics import mutual_information
-from mmi_loss.ops import covariance, gram, slices
+from mmi_loss.ops import covariance, gram, registry, slices
 from mmi_loss.ops import logdet as logdets
 
 __all__ = ["MMIComponents", "Options", "mmi_loss", "mmi_loss_multiview", "mutual_information"]
@@ -45,7 +45,9 @@ LOGDETS = ("cholesky", "taylor")
 SLICE_KINDS = ("kronecker", "gaussian", "coordinates")
 MIXTURES = 8
 """Random mixtures of feature blocks in a Kronecker slice: fewer learn worse, more cost more."""
-IMPLS = ("auto", "reference", "eager")
+AUTO_TRITON = True
+"""Whether ``impl="auto"`` takes the Triton kernels on CUDA. Their speed there is expected, not measured yet."""
+IMPLS = ("auto", *registry.IMPLEMENTATIONS)
 
 
 class MMIComponents(NamedTuple):
@@ -212,6 +214,8 @@ def _estimate(views: Sequence[Tensor], step: int | Tensor, options: Options) -> 
 
 def _estimate_in_full_precision(views: Sequence[Tensor], step: int | Tensor, options: Options) -> _Estimate:
     gather = options.gather_distributed and distributed.is_active()
+    if _takes_triton(views, options, gather):
+        return _triton_estimate(views[0], views[1], step, options)
     dtype = torch.float64 if any(z.dtype == torch.float64 for z in views) else torch.float32
     sliced = _slice(views, step, options, dtype)
     num_views, (samples, dim) = len(views), sliced[0].shape[-2:]
@@ -247,9 +251,14 @@ def _slice(views: Sequence[Tensor], step: int | Tensor, options: Options, dtype:
     if options.slice_kind == "coordinates":
         indices = slices.random_coordinates(dim, slice_dim, num_slices, step, options.seed)
         return [slices.take_coordinates(z, indices, dtype) for z in views]
-    block_dim = 1 if options.slice_kind == "gaussian" else max(1, slice_dim // MIXTURES)
+    block_dim = _block_dim(slice_dim, options.slice_kind)
     mixing = slices.mixing_matrix(dim, slice_dim, num_slices, block_dim, step, options.seed, dtype)
     return slices.project(views, mixing, slice_dim, num_slices, block_dim)
+
+
+def _block_dim(slice_dim: int, slice_kind: str) -> int:
+    """Features that a projection leaves together: see :func:`mmi_loss.ops.slices.mixing_matrix`."""
+    return 1 if slice_kind == "gaussian" else max(1, slice_dim // MIXTURES)
 
 
 def _is_wide(objective: str, num_views: int, samples: int, dim: int) -> bool:
@@ -308,11 +317,15 @@ def _joint(views: list[Tensor], ridge: float, options: Options, gather: bool) ->
     s_aa, s_ab, s_bb = scatters / count
     joint = torch.cat([torch.cat([s_aa, s_ab], -1), torch.cat([s_ab.mT, s_bb], -1)], -2)
     mean = torch.cat([mean_a, mean_b], -1)[:, 0]
-    matrix = covariance.signal_to_noise(joint, mean, ridge)
+    return _loss_of_joint(covariance.signal_to_noise(joint, mean, ridge), options)
+
+
+def _loss_of_joint(matrix: Tensor, options: Options) -> Value:
+    """From I + (standardised joint covariance) / ridge, (S, 2k, 2k)."""
     if options.logdet == "cholesky":
         values = logdets.joint_log_dets(matrix)
     else:
-        dim = z_a.shape[-1]
+        dim = matrix.shape[-1] // 2
         blocks = torch.stack([matrix[..., :dim, :dim], matrix[..., dim:, dim:]])
         values = logdets.log_dets([blocks, matrix[None]], options.log_det())
     return logdets.weighted_sum(values, OBJECTIVES["joint"]), values.detach()
@@ -320,23 +333,109 @@ def _joint(views: list[Tensor], ridge: float, options: Options, gather: bool) ->
 
 def _pooled_gram(views: list[Tensor], ridge: float, options: Options) -> Value:
     """Gram route of exchangeable views (N, D): log det(I_D + X^T X) = log det(I_N + X X^T)."""
-    num_views = len(views)
-    all_contrasts, differences = (0, num_views, num_views), (1, num_views, num_views - 1)
-    blocks = [all_contrasts, differences] if options.objective == "content" else [all_contrasts, (0, 1, 1), differences]
+    blocks = _gram_blocks(options.objective, len(views))
     weights = OBJECTIVES[options.objective]
     return gram.pooled_loss(views, blocks, weights, ridge, options.log_det())
 
 
+def _gram_blocks(objective: str, num_views: int) -> list[gram.Block]:
+    """The contrasts and degrees of freedom of each moment."""
+    all_contrasts, differences = (0, num_views, num_views), (1, num_views, num_views - 1)
+    return [all_contrasts, differences] if objective == "content" else [all_contrasts, (0, 1, 1), differences]
+
+
 def _joint_gram(views: list[Tensor], ridge: float, options: Options) -> Value:
     """Gram route of any two views (N, D)."""
-    n, dim = views[0].shape
     gram_a, gram_b = (gram.standardised_gram(z, ridge) for z in views)
+    return _loss_of_joint_grams(gram_a, gram_b, views[0].shape[1], options)
+
+
+def _loss_of_joint_grams(gram_a: Tensor, gram_b: Tensor, dim: int, options: Options) -> Value:
+    """From both views' Gram matrices (N, N) in units of the noise."""
+    n = len(gram_a)
     groups = [
         torch.stack([gram.identity_plus(gram_a), gram.identity_plus(gram_b)]),
         gram.identity_plus(gram_a + gram_b)[None],
     ]
     values = logdets.log_dets(groups, options.log_det(), [dim - n, 2 * dim - n])
     return logdets.weighted_sum(values, OBJECTIVES["joint"]), values.detach()
+
+
+def _takes_triton(views: Sequence[Tensor], options: Options, gather: bool) -> bool:
+    """Whether the kernels compute this loss. ``impl="auto"`` leaves all but the fused content objective to torch."""
+    if options.impl not in ("auto", "triton") or (options.impl == "auto" and not views[0].is_cuda):
+        return False
+    reason = registry.triton_refusal(views, options.slice_dim, options.slice_kind, gather)
+    if options.impl == "auto":
+        return (
+            AUTO_TRITON
+            and reason is None
+            and options.objective == "content"
+            and options.slice_kind == "kronecker"
+            and _is_fused(views[0].shape[1], options)
+        )
+    if reason is not None:
+        raise registry.refuse("triton", reason)
+    return True
+
+
+def _is_fused(dim: int, options: Options) -> bool:
+    """Whether a program holds the objective's matrix: then the whole loss is three launches."""
+    rows = dim if options.slice_dim is None else min(dim, options.slice_dim)
+    return options.logdet == "cholesky" and options.objective != "joint" and rows <= registry.MAX_FUSED_DIM
+
+
+def _triton_estimate(z_a: Tensor, z_b: Tensor, step: int | Tensor, options: Options) -> _Estimate:
+    from mmi_loss.ops import triton as kernels
+
+    samples, dim = z_a.shape
+    is_sliced = options.slice_dim is not None and options.slice_dim < dim
+    slice_dim, num_slices = (cast(int, options.slice_dim), options.num_slices) if is_sliced else (dim, 1)
+    ridge = options.noise_floor(slice_dim, torch.float32)
+    block_dim = _block_dim(slice_dim, options.slice_kind) if is_sliced else 0
+    step = torch.as_tensor(step, dtype=torch.int64, device=z_a.device)
+    keys = kernels.seed_keys(options.seed)
+    weights = OBJECTIVES[options.objective]
+    _warn_if_starved(options.objective, samples, slice_dim)
+    if _is_fused(dim, options):
+        value, log_dets, *_ = kernels.sliced_loss(
+            z_a, z_b, step, keys, slice_dim, num_slices, block_dim, ridge, options.objective
+        )
+        return _Estimate(value, log_dets.detach(), slice_dim, ridge)
+    a, b = z_a[None], z_b[None]
+    if is_sliced:
+        a, b = kernels.project(z_a, z_b, step, keys, slice_dim, num_slices, block_dim)[0].unbind()
+    if _is_wide(options.objective, 2, samples, slice_dim):
+        values, log_dets_of_slices = zip(
+            *(_triton_gram(view_a, view_b, ridge, options) for view_a, view_b in zip(a, b, strict=True)), strict=True
+        )
+        return _Estimate(torch.stack(values).mean(), torch.stack(log_dets_of_slices, dim=1), slice_dim, ridge)
+    moments, means = kernels.moments(a, b, options.objective)
+    mean = means[1].detach()
+    if options.objective == "joint":
+        value, log_dets = _loss_of_joint(covariance.signal_to_noise(moments[0], mean, ridge), options)
+    else:
+        matrices = kernels.signal_to_noise(moments, mean, ridge)
+        log_dets = logdets.log_dets([matrices], options.log_det())
+        value = logdets.weighted_sum(log_dets, weights)
+    return _Estimate(value, log_dets.detach(), slice_dim, ridge)
+
+
+def _triton_gram(z_a: Tensor, z_b: Tensor, ridge: float, options: Options) -> Value:
+    from mmi_loss.ops import triton as kernels
+
+    n, dim = z_a.shape
+    if options.objective == "joint":
+        gram_a, gram_b = (kernels.gram(z, None)[0] / (n * ridge) for z in (z_a, z_b))
+        return _loss_of_joint_grams(gram_a, gram_b, dim, options)
+    products = kernels.gram(z_a, z_b)[0]
+    groups, null_dims = [], []
+    for start, stop, degrees in _gram_blocks(options.objective, 2):
+        block = slice(start * n, stop * n)
+        groups.append(gram.identity_plus(products[block, block] / (degrees * n * ridge))[None])
+        null_dims.append(dim - (stop - start) * n)
+    log_dets = logdets.log_dets(groups, options.log_det(), null_dims)
+    return logdets.weighted_sum(log_dets, OBJECTIVES[options.objective]), log_dets.detach()
 
 
 def _validate(views: Sequence[Tensor], options: Options) -> None:

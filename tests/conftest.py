@@ -1,10 +1,15 @@
 """Shared fixtures: reproducible data, quiet warnings where a test provokes them."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(2)
+if not torch.cuda.is_available():
+    # Triton reads this when a kernel is defined: without a GPU its kernels are run by its interpreter, on the CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 hypothesis.settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("fuzz", max_examples=2000, deadline=None)
