@@ -41,9 +41,9 @@ class MMILoss(nn.Module):
         beta: Rescaling of the series: its spectrum is brought into (0, beta], 0 < beta < 2 (our reading).
         gather_distributed: Statistics over the batches of all ranks. The loss is that of the concatenated batch on
             every rank, and so is the gradient after DDP's averaging, also with unequal batches.
-        impl: ``"auto"``; ``"eager"``: torch operations with closed-form gradients; ``"triton"``: fused CUDA kernels, two
-            views, float32 or shorter; ``"reference"``: slow and plain, for checking. A named one is never replaced
-            by another; ``"auto"`` is eager but for the default objective and slices on CUDA.
+        impl: ``"auto"``; ``"eager"``: torch operations with closed-form gradients; ``"triton"``: fused CUDA kernels for
+            two views in float32 or less; ``"reference"``: slow and plain, for checking. A named one is never replaced
+            by another; ``"auto"`` takes the kernels for the default objective and slices on CUDA, else eager.
         slice_kind: ``"kronecker"``: 8 random mixtures of blocks of ``slice_dim / 8`` features; ``"gaussian"``: dense
             random projections, whose mean is the k-sliced mutual information (Goldfeld et al. 2022);
             ``"coordinates"``: random subsets of the features.

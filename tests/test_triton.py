@@ -23,7 +23,10 @@ from mmi_loss.ops import triton as kernels
 from mmi_loss.ops.triton import launch, operators
 from tests.conftest import views
 
-pytestmark = pytest.mark.filterwarnings("ignore:objective=")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:objective="),
+    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),  # the interpreter's numpy, where NaN is provoked
+]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")

@@ -37,7 +37,7 @@ def projection_blocks(n: int, dim: int, rows: int, block_dim: int) -> dict[str, 
     """Block sizes of the projection: rows of both products (samples by features of a block) fill a matrix unit."""
     block_c = triton.next_power_of_2(block_dim)
     least = max(1, 16 // block_c)
-    samples = max(least, min(_samples_per_program(n, 16), max(1, 128 // block_c)))
+    samples = max(least, min(_samples_per_program(n, 16), max(1, (128 if rows <= 16 else 64) // block_c)))
     if block_c == 1:  # dense: the mixtures are as many as the slice's features
         samples = 64 if n >= 64 * PROGRAMS // 4 else 16
     return {
@@ -117,7 +117,7 @@ def project_backward_kernel(
         BLOCK_N=block_n,
         BLOCK_B=block_b,
         BLOCK_C=block_c,
-        BLOCK_R=_power(num_slices * rows, 8, 32 if block_c > 1 else 128),
+        BLOCK_R=_power(num_slices * rows, 8, 32 if block_c > 1 else 16),
         PRECISION=PRECISION,
         num_warps=4,
     )

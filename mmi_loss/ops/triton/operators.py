@@ -31,8 +31,10 @@ def _empty_like(z: Tensor, is_needed: bool) -> Tensor:
     return torch.empty(z.shape if is_needed else (0,), dtype=z.dtype, device=z.device)
 
 
-def _if_needed(grads: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
-    return [grad if is_needed else None for grad, is_needed in zip(grads, needed, strict=True)]
+def _if_needed(grads: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+    """Both views' gradients, None for one that is not needed."""
+    (grad_a, grad_b), (need_a, need_b) = grads, needed
+    return grad_a if need_a else None, grad_b if need_b else None
 
 
 def _chunks(n: int) -> int:
@@ -126,7 +128,8 @@ def sliced_loss_backward(
     of_slices = torch.empty_like(slices)
     out_a, out_b = _if_needed((of_slices[0], of_slices[1]), (need_a, need_b))
     launch.moments_backward_kernel(slices[0], slices[1], mean, grad, diagonal, upstream, out_a, out_b, objective, False)
-    launch.project_backward_kernel(of_slices, keys, *_if_needed((grad_a, grad_b), (need_a, need_b)), block_dim)
+    out_a, out_b = _if_needed((grad_a, grad_b), (need_a, need_b))
+    launch.project_backward_kernel(of_slices, keys, out_a, out_b, block_dim)
     return grad_a, grad_b
 
 
@@ -204,7 +207,8 @@ def project_backward(
 ) -> tuple[Tensor, Tensor]:
     """The slices' gradient (2, S, N, k) to those of the views."""
     grads = _empty_like(z_a, need_a), _empty_like(z_b, need_b)
-    launch.project_backward_kernel(grad.contiguous(), keys, *_if_needed(grads, (need_a, need_b)), block_dim)
+    out_a, out_b = _if_needed(grads, (need_a, need_b))
+    launch.project_backward_kernel(grad.contiguous(), keys, out_a, out_b, block_dim)
     return grads
 
 
@@ -236,8 +240,8 @@ def moments(a: Tensor, b: Tensor, objective: str) -> tuple[Tensor, Tensor]:
     the first sample and absolute.
     """
     num_slices, n, k = a.shape
-    flat = [x.transpose(0, 1).reshape(n, num_slices * k) for x in (a, b)]
-    sums, _ = launch.column_sums_kernel(*flat, objective)
+    flat_a, flat_b = (x.transpose(0, 1).reshape(n, num_slices * k) for x in (a, b))
+    sums, _ = launch.column_sums_kernel(flat_a, flat_b, objective)
     chunks = _chunks(n) if k <= 128 else 1
     parts, mean = launch.moments_kernel(a, b, sums, objective, chunks, True)
     return (parts.view(parts.shape[1:]) if chunks == 1 else parts.sum(0)), mean
@@ -258,8 +262,9 @@ def moments_backward(
     """The moments' gradient (m, S, K, K) to those of the views."""
     symmetric = ((grad + grad.mT) / 2).contiguous()
     grads = _empty_like(a, need_a), _empty_like(b, need_b)
+    out_a, out_b = _if_needed(grads, (need_a, need_b))
     launch.moments_backward_kernel(
-        a, b, mean, symmetric, None, grad.new_ones(()), *_if_needed(grads, (need_a, need_b)), objective, True
+        a, b, mean, symmetric, None, grad.new_ones(()), out_a, out_b, objective, shifted=True
     )
     return grads
 
