@@ -15,6 +15,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks import environment
+from benchmarks import environment, speed
 from benchmarks.losses import LOSSES
 from mmi_loss import MMILoss
 
@@ -32,8 +33,6 @@ SHAPES = [(256, 2048), (256, 8192), (1024, 2048), (4096, 8192)]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 COPY_BYTES = 2**30
 EVICTION_BYTES = 256 * 2**20
-BYTES_LIMIT = 8 * 2**30
-"""A loss whose D x D matrices and their autograd copies would exceed this is left out."""
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 COMPILED = {
@@ -43,15 +42,22 @@ COMPILED = {
 }
 
 
-def criteria(n: int, dim: int) -> dict[str, Criterion]:
-    """Every loss in eager form, and ours and the two main rivals compiled."""
-    made: dict[str, Criterion] = {"mmi": MMILoss(impl="triton"), "mmi_eager": MMILoss(impl="eager")}
+def criteria(n: int, dim: int) -> dict[str, Callable[[], Criterion]]:
+    """Every loss that fits in eager form, and ours and the two main rivals compiled; each is made when it is called."""
+    made: dict[str, Callable[[], Criterion]] = {
+        "mmi": lambda: MMILoss(impl="triton"),
+        "mmi_eager": lambda: MMILoss(impl="eager"),
+    }
     for name, factory in LOSSES.items():
-        if name not in ("mmi", "mmi_compiled") and 4 * 4 * dim**2 * (name in ("mmi_naive", "corinfomax")) < BYTES_LIMIT:
-            made[name] = factory(n, dim)
+        if name not in ("mmi", "mmi_compiled") and speed.fits(name, n, dim):
+            made[name] = partial(factory, n, dim)
     for name, compiled_factory in COMPILED.items():
-        made[f"{name}-compiled"] = torch.compile(compiled_factory())
+        made[f"{name}-compiled"] = partial(_compiled, compiled_factory)
     return made
+
+
+def _compiled(factory: Callable[[], torch.nn.Module]) -> Criterion:
+    return torch.compile(factory())
 
 
 def main(options: argparse.Namespace) -> None:
@@ -145,7 +151,7 @@ def measure(
     n: int,
     dim: int,
     dtype: torch.dtype,
-    chosen: dict[str, Criterion],
+    chosen: dict[str, Callable[[], Criterion]],
     turns: int,
     copy_rate: float,
     device: torch.device,
@@ -156,9 +162,9 @@ def measure(
     moved = 2 * sum(z.nbytes for z in leaves)
     steps: dict[str, Callable[[], None]] = {}
     failures: dict[str, str] = {}
-    for name, criterion in chosen.items():
-        step = _step(criterion, leaves, device)
+    for name, make in chosen.items():
         try:
+            step = _step(make(), leaves, device)
             for _ in range(3):
                 step()
             steps[name] = step
