@@ -149,6 +149,16 @@ def test_mean_far_larger_than_the_deviation(shape, options, launches):
     check_against_float64(pair, launches, **options)
 
 
+@pytest.mark.parametrize("objective", functional.OBJECTIVES)
+def test_features_as_given_lose_nothing_to_their_mean(objective):
+    """Relative to the first sample they are small: the error is that of centred features."""
+    pair = on_device([z.detach() + 300 for z in views(40, 20)])
+    options = {"objective": objective, "slice_dim": None}
+    truth = value_and_gradients([z.double() for z in pair], "reference", **options)
+    for got, true in zip(value_and_gradients(pair, "triton", **options), truth, strict=True):
+        assert relative_error(got, true) < 2e-6
+
+
 @pytest.mark.parametrize("scale", [5e3, 1e-4])
 def test_scale_of_half_precision(scale, launches):
     pair = on_device([(z.detach() - 1.5) * scale for z in views(33, 60)], HALF)
