@@ -305,7 +305,7 @@ def _pooled(views: list[Tensor], ridge: float, options: Options, gather: bool) -
 
 def _joint(views: list[Tensor], ridge: float, options: Options, gather: bool) -> Value:
     """Covariance route of any two views, each with its own mean and variance."""
-    z_a, z_b = (z.reshape(-1, *z.shape[-2:]) for z in views)
+    z_a, z_b = (z if z.ndim == 3 else z[None] for z in views)
     reduce = distributed.sum_constant if gather else None
     with torch.no_grad():
         count, mean_a = covariance.count_and_mean([z_a], reduce)

@@ -127,6 +127,7 @@ class _Project(torch.autograd.Function):
         ctx.shape, ctx.block_dim, ctx.dtypes = views[0].shape, block_dim, [z.dtype for z in views]
         n, dim = views[0].shape
         padding = mixing.shape[1] * block_dim - dim
+        width = mixing.shape[0] * block_dim // num_slices  # inferred it would be ambiguous for a rank without samples
         projections = []
         for z in views:
             z = z.to(mixing.dtype)
@@ -135,7 +136,7 @@ class _Project(torch.autograd.Function):
             else:
                 blocks = (F.pad(z, (0, padding)) if padding else z).reshape(n, mixing.shape[1], block_dim)
                 projected = torch.bmm(mixing.expand(n, -1, -1), blocks)
-            projections.append(projected.reshape(n, num_slices, -1)[..., :slice_dim].transpose(0, 1))
+            projections.append(projected.reshape(n, num_slices, width)[..., :slice_dim].transpose(0, 1))
         return tuple(projections)
 
     @staticmethod
