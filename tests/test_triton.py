@@ -478,7 +478,7 @@ def test_an_explicit_choice_is_never_replaced(monkeypatch):
 
 
 def test_choice_of_auto(monkeypatch):
-    """On the CPU never; on a GPU for the default objective alone."""
+    """On the CPU never; on a GPU for the default objective alone, and not before it has been measured there."""
     pair = [torch.zeros(8, 200)] * 2
     assert not functional._takes_triton(pair, Options(), False)
 
@@ -489,6 +489,8 @@ def test_choice_of_auto(monkeypatch):
     pair = [z.as_subclass(OnGPU) for z in pair]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     takes = functional._takes_triton
+    assert not takes(pair, Options(), False)
+    monkeypatch.setattr(functional, "AUTO_TRITON", True)
     assert takes(pair, Options(), False)
     assert takes(pair, Options(slice_dim=64, num_slices=4), False)
     assert takes(pair, Options(objective="joint", impl="triton"), False)
