@@ -64,9 +64,8 @@ class _PooledLoss(torch.autograd.Function):
 
         A_j = I + s M_j s / ridge,    M_j = sum_i c_ji U_i^T U_i / N,    s = diag(M_0 + floor)^{-1/2},
 
-    where U_i are the Helmert contrasts of the centred views, u_0 = x_1 + ... + x_V and
-    u_i = x_1 + ... + x_i - i x_{i+1}: u_0 holds what the views of an image share, the others how they differ, accurate
-    even where they nearly agree.
+    where u_0 is the centred mean of the views, what they share, and u_i = (x_1 + ... + x_i)/i - x_{i+1} are the contrasts
+    by which they differ, accurate even where they nearly agree.
 
     Backward, with F_j = dL/dA_j = w_j A_j^{-1} / 2 symmetric and elementwise weights s s^T / ridge:
 
@@ -89,18 +88,12 @@ class _PooledLoss(torch.autograd.Function):
         reduce: Reduce | None,
         *views: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        count, mean = count_and_mean(views, reduce)
-        rows = views[0].new_empty((len(views), *views[0].shape))
-        running = torch.sub(views[0], mean, out=rows[0])
-        for i, view in enumerate(views[1:], start=1):
-            centred = view - mean
-            torch.sub(running, centred, alpha=i, out=rows[i])
-            running.add_(centred)
+        rows, origin, count = _contrasts(views, reduce)
         products = _products(rows.mT, rows)
         if reduce is not None:
             products = reduce(products)
         moments = _combine(products, coefficients, count)
-        variance = add_variance_floor(moments[0].diagonal(dim1=-2, dim2=-1), mean.squeeze(-2))
+        variance = add_variance_floor(moments[0].diagonal(dim1=-2, dim2=-1), origin.squeeze(-2))
         weight = _noise_weight(variance, ridge)
         moments.mul_(weight)
         matrices = moments.clone()
@@ -128,18 +121,42 @@ class _PooledLoss(torch.autograd.Function):
         grad_moments.mul_(weight)
         grad_moments[0].diagonal(dim1=-2, dim2=-1).sub_(grad_variance)
         # The factors of F_j = w_j A_j^{-1} / 2 and of G_i = 2 sum_j c_ji dM_j cancel.
-        transposed = list(zip(*ctx.coefficients, strict=True))
+        first, *others = zip(*ctx.coefficients, strict=True)
+        shared = [c / len(rows) for c in first]  # the mean passes 1 / V on to every view
         num_slices = variance.numel() // variance.shape[-1]
-        grad_products = _combine(grad_moments, transposed, ctx.count * num_slices)
+        grad_products = _combine(grad_moments, [shared, *others], ctx.count * num_slices)
         if ctx.reduce is not None:
             grad_products = ctx.reduce(grad_products)
-        total, *others = _products(rows, grad_products)
+        total, *contrasts = _products(rows, grad_products).unbind()
         grads: list[Tensor] = []
-        # A view is subtracted in one contrast and added in all after it: from the last to the first.
-        for i in range(len(others), 0, -1):
-            grads.insert(0, torch.sub(total, others[i - 1], alpha=i))
-            total.add_(others[i - 1])
+        # A view is subtracted in one contrast and averaged in all after it: from the last to the first.
+        for i in range(len(contrasts), 0, -1):
+            grads.insert(0, total - contrasts[i - 1])
+            total.add_(contrasts[i - 1], alpha=1 / i)
         return *(None,) * 5, total, *grads
+
+
+def _contrasts(views: Sequence[Tensor], reduce: Reduce | None) -> tuple[Tensor, Tensor, float | Tensor]:
+    """The contrasts (V, ..., N, k) of V views, what the first was centred with (..., 1, k), and the number of samples.
+
+    The mean is a constant: moments about it are stationary in it.
+    """
+    rows = views[0].new_empty((len(views), *views[0].shape))
+    shared, *contrasts = rows.unbind()
+    if reduce is None:
+        # Relative to any one sample, features keep their digits where the mean is far larger than the deviation.
+        count, origin = views[0].shape[-2], views[0][..., :1, :]
+    else:
+        count, origin = count_and_mean(views, reduce)
+    torch.sub(views[0], origin, out=shared)
+    for i, contrast in enumerate(contrasts, start=1):
+        torch.sub(views[i - 1], views[i], out=contrast)
+        if i > 1:
+            contrast.add_(contrasts[i - 2], alpha=1 - 1 / i)
+        shared.sub_(contrast, alpha=1 / (i + 1))
+    if reduce is None:
+        shared.sub_(shared.mean(-2, keepdim=True))
+    return rows, origin, count
 
 
 def pooled_loss(
@@ -212,8 +229,9 @@ def _combine(matrices: Tensor, coefficients: Coefficients, divisor: float | Tens
     """Weighted sums over the first dimension, one per row of coefficients, divided; zero weights cost nothing."""
     scale = 1.0 if isinstance(divisor, Tensor) else 1 / divisor
     combined = matrices.new_empty((len(coefficients), *matrices.shape[1:]))
-    for out, row in zip(combined, coefficients, strict=True):
-        (first, weight), *others = [(m, c * scale) for m, c in zip(matrices, row, strict=True) if c]
+    parts = matrices.unbind()
+    for out, row in zip(combined.unbind(), coefficients, strict=True):
+        (first, weight), *others = [(m, c * scale) for m, c in zip(parts, row, strict=True) if c]
         torch.mul(first, weight, out=out)
         for matrix, weight in others:
             out.add_(matrix, alpha=weight)

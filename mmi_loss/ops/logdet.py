@@ -150,7 +150,7 @@ class Series(LogDet):
 
 def _scale(grads: Groups, weights: Weights) -> None:
     """Multiply the matrices of all groups by their weights, in place."""
-    matrices = [matrix for group in grads for matrix in group]
+    matrices = [matrix for group in grads for matrix in group.unbind()]
     for matrix, weight in zip(matrices, weights, strict=True):
         if isinstance(weight, Tensor):
             matrix.mul_(weight[..., None, None])
@@ -249,7 +249,8 @@ def joint_log_dets(joint: Tensor) -> Tensor:
 
 def weighted_sum(log_dets: Tensor, weights: Sequence[float]) -> Tensor:
     """Half the weighted sum over the first dimension, mean over the others: log-determinants to the loss."""
-    total = log_dets[0] * (weights[0] / 2)
-    for log_det, weight in zip(log_dets[1:], weights[1:], strict=True):
+    first, *others = log_dets.unbind()
+    total = first * (weights[0] / 2)
+    for log_det, weight in zip(others, weights[1:], strict=True):
         total = total.add(log_det, alpha=weight / 2)
     return total.mean() if total.ndim else total
