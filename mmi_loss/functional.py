@@ -24,6 +24,7 @@ from mmi_loss import distributed, reference
 from mmi_loss.diagnostics import mutual_information
 from mmi_loss.ops import covariance, gram, registry, slices
 from mmi_loss.ops import logdet as logdets
+from mmi_loss.ops.contrasts import squared_norms
 
 __all__ = ["MMIComponents", "Options", "mmi_loss", "mmi_loss_multiview", "mutual_information"]
 
@@ -291,13 +292,12 @@ def _route(views: list[Tensor], ridge: float, options: Options, gather: bool) ->
 def _pooled(views: list[Tensor], ridge: float, options: Options, gather: bool) -> Value:
     """Covariance route of exchangeable views: they share one mean, one covariance, one symmetric cross-covariance."""
     num_views = len(views)
-    # Squared norms of the contrasts' weights: the mean of all, then the differences from the mean of those before.
-    norms = [1 / num_views, *((i + 1) / i for i in range(1, num_views))]
+    norms = squared_norms(num_views)
     total = [1 / (num_views * norm) for norm in norms]
     if options.objective == "content":
         coefficients = [total, [0.0, *(1 / ((num_views - 1) * norm) for norm in norms[1:])]]
     else:
-        coefficients = [total, [2.0, 0.0], [0.0, 0.5]]
+        coefficients = [total, [1 / norms[0], 0.0], [0.0, 1 / norms[1]]]
     reduce = distributed.sum_constant if gather else None
     weights = OBJECTIVES[options.objective]
     return covariance.pooled_loss(views, coefficients, weights, ridge, options.log_det(), reduce)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmi_loss.ops import covariance, gram, logdet, slices
+from mmi_loss.ops import contrasts, covariance, gram, logdet, slices
 
 
 def spd(*shape, seed=0):
@@ -107,11 +107,27 @@ def test_partial_gradients(name):
     torch.testing.assert_close(alone, both[-1])
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_helmert_is_orthonormal(size):
-    matrix = np.array(gram.helmert(size))
-    np.testing.assert_allclose(matrix @ matrix.T, np.eye(size), atol=1e-15)
-    np.testing.assert_allclose(matrix[1:].sum(1), 0, atol=1e-15)
+@pytest.mark.parametrize("num_views", [1, 2, 3, 5])
+def test_contrasts(num_views):
+    """Orthogonal, with the norms they say; only the first sees what all share; the backward is the adjoint."""
+    weights, _ = contrasts.contrasts(list(torch.eye(num_views, dtype=torch.float64)[:, None]), torch.zeros(1))
+    weights = weights[:, 0]
+    np.testing.assert_allclose(weights @ weights.mT, np.diag(contrasts.squared_norms(num_views)), atol=1e-15)
+    np.testing.assert_allclose(weights.sum(1), [1.0] + [0.0] * (num_views - 1), atol=1e-15)
+    gradients = torch.eye(num_views, dtype=torch.float64)[:, None].clone()
+    gradients[0] /= num_views
+    np.testing.assert_allclose(torch.stack(contrasts.gradients_of_views(gradients))[:, 0], weights.mT, atol=1e-15)
+
+
+def test_contrasts_of_a_large_mean():
+    """Exact for constant features, and no digits lost to the mean beyond those the input has lost."""
+    deviations = torch.randn(3, 50, 4, generator=torch.Generator().manual_seed(0))
+    views = list((deviations + 1e4).unbind())
+    rows, _ = contrasts.contrasts(views)
+    exact, _ = contrasts.contrasts([z.double() for z in views])
+    np.testing.assert_allclose(rows, exact, atol=2e-6)
+    rows, _ = contrasts.contrasts([torch.full((5, 3), 0.1)] * 3)
+    assert not rows.any()
 
 
 @pytest.mark.parametrize("size", [65, 130, 201])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmi_loss.ops.autograd import closed_form
+from mmi_loss.ops.contrasts import contrasts, gradients_of_views
 from mmi_loss.ops.logdet import LogDet, weighted_sum
 
 Coefficients = Sequence[Sequence[float]]
@@ -64,8 +65,7 @@ class _PooledLoss(torch.autograd.Function):
 
         A_j = I + s M_j s / ridge,    M_j = sum_i c_ji U_i^T U_i / N,    s = diag(M_0 + floor)^{-1/2},
 
-    where u_0 is the centred mean of the views, what they share, and u_i = (x_1 + ... + x_i)/i - x_{i+1} are the contrasts
-    by which they differ, accurate even where they nearly agree.
+    where U_i are the :mod:`contrasts <mmi_loss.ops.contrasts>` of the views.
 
     Backward, with F_j = dL/dA_j = w_j A_j^{-1} / 2 symmetric and elementwise weights s s^T / ridge:
 
@@ -88,7 +88,8 @@ class _PooledLoss(torch.autograd.Function):
         reduce: Reduce | None,
         *views: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        rows, origin, count = _contrasts(views, reduce)
+        count, mean = (views[0].shape[-2], None) if reduce is None else count_and_mean(views, reduce)
+        rows, origin = contrasts(views, mean)
         products = _products(rows.mT, rows)
         if reduce is not None:
             products = reduce(products)
@@ -121,42 +122,13 @@ class _PooledLoss(torch.autograd.Function):
         grad_moments.mul_(weight)
         grad_moments[0].diagonal(dim1=-2, dim2=-1).sub_(grad_variance)
         # The factors of F_j = w_j A_j^{-1} / 2 and of G_i = 2 sum_j c_ji dM_j cancel.
-        first, *others = zip(*ctx.coefficients, strict=True)
-        shared = [c / len(rows) for c in first]  # the mean passes 1 / V on to every view
+        transposed = [list(column) for column in zip(*ctx.coefficients, strict=True)]
         num_slices = variance.numel() // variance.shape[-1]
-        grad_products = _combine(grad_moments, [shared, *others], ctx.count * num_slices)
+        grad_products = _combine(grad_moments, transposed, ctx.count * num_slices)
+        grad_products[0].div_(len(rows))
         if ctx.reduce is not None:
             grad_products = ctx.reduce(grad_products)
-        total, *contrasts = _products(rows, grad_products).unbind()
-        grads: list[Tensor] = []
-        # A view is subtracted in one contrast and averaged in all after it: from the last to the first.
-        for i in range(len(contrasts), 0, -1):
-            grads.insert(0, total - contrasts[i - 1])
-            total.add_(contrasts[i - 1], alpha=1 / i)
-        return *(None,) * 5, total, *grads
-
-
-def _contrasts(views: Sequence[Tensor], reduce: Reduce | None) -> tuple[Tensor, Tensor, float | Tensor]:
-    """The contrasts (V, ..., N, k) of V views, what the first was centred with (..., 1, k), and the number of samples.
-
-    The mean is a constant: moments about it are stationary in it.
-    """
-    rows = views[0].new_empty((len(views), *views[0].shape))
-    shared, *contrasts = rows.unbind()
-    if reduce is None:
-        # Relative to any one sample, features keep their digits where the mean is far larger than the deviation.
-        count, origin = views[0].shape[-2], views[0][..., :1, :]
-    else:
-        count, origin = count_and_mean(views, reduce)
-    torch.sub(views[0], origin, out=shared)
-    for i, contrast in enumerate(contrasts, start=1):
-        torch.sub(views[i - 1], views[i], out=contrast)
-        if i > 1:
-            contrast.add_(contrasts[i - 2], alpha=1 - 1 / i)
-        shared.sub_(contrast, alpha=1 / (i + 1))
-    if reduce is None:
-        shared.sub_(shared.mean(-2, keepdim=True))
-    return rows, origin, count
+        return *(None,) * 5, *gradients_of_views(_products(rows, grad_products))
 
 
 def pooled_loss(

@@ -12,81 +12,75 @@ import torch
 from torch import Tensor
 
 from mmi_loss.ops.autograd import closed_form
+from mmi_loss.ops.contrasts import contrasts, gradients_of_views, squared_norms
 from mmi_loss.ops.covariance import add_variance_floor
 from mmi_loss.ops.logdet import LogDet, weighted_sum
 
 Block = tuple[int, int, int]
 
 
-def helmert(size: int) -> list[list[float]]:
-    """The orthonormal Helmert matrix: first row the (scaled) sum, the others contrasts. size=2: sum and difference."""
-    rows = [[size**-0.5] * size]
-    for j in range(1, size):
-        norm = (j * (j + 1)) ** -0.5
-        rows.append([norm] * j + [-j * norm] + [0.0] * (size - j - 1))
-    return rows
+def _standardised(views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The orthonormal contrasts (V N, D) of V views in units of the features' standard deviations, and 1 / std (D).
 
-
-def _contrasts(views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The standardised Helmert contrasts U (V N, D) of V views, u_j = sum_v H_jv (z_v - mean) / std, and 1 / std.
-
-    H is orthonormal, so U U^T holds every second moment of the views; contrasts j >= 1 are free of the mean, and
-    accurate even where the views nearly agree. Mean and variance of a feature are pooled over the views.
+    Orthonormal, so U U^T holds every second moment. Mean and variance of a feature are pooled over the views.
     """
     num_views, (n, dim) = len(views), views[0].shape
-    mean = views[0].mean(0)
-    for view in views[1:]:
-        mean += view.mean(0)
-    mean /= num_views
-    rows = views[0].new_empty((num_views * n, dim))
-    for j, weights in enumerate(helmert(num_views)):
-        contrast = rows[j * n : (j + 1) * n]
-        torch.mul(views[0], weights[0], out=contrast)
-        for view, weight in zip(views[1:], weights[1:], strict=True):
-            if weight:
-                contrast.add_(view, alpha=weight)
-    rows[:n].sub_(mean * num_views**0.5)
-    variance = torch.linalg.vecdot(rows, rows, dim=0).div_(num_views * n)
-    inverse_std = add_variance_floor(variance, mean).rsqrt_()
-    return rows.mul_(inverse_std), inverse_std
+    rows, origin = contrasts(views)
+    scales = _scales(num_views)
+    variance = rows.new_zeros(dim)
+    for row, scale in zip(rows.unbind(), scales, strict=True):
+        variance.add_(column_dots(row, row), alpha=scale**2 / (num_views * n))
+    inverse_std = add_variance_floor(variance, origin[0]).rsqrt_()
+    for row, scale in zip(rows.unbind(), scales, strict=True):
+        row.mul_(inverse_std * scale)
+    return rows.view(num_views * n, dim), inverse_std
 
 
-def _contrasts_backward(
-    grad_rows: Tensor, rows: Tensor, inverse_std: Tensor, needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """From dU to the views' gradients; ``grad_rows`` is overwritten.
+def _scales(num_views: int) -> list[float]:
+    return [norm**-0.5 for norm in squared_norms(num_views)]
+
+
+def _standardised_backward(grad_rows: Tensor, rows: Tensor, inverse_std: Tensor, num_views: int) -> list[Tensor]:
+    """From dU to the views' gradients, in the memory of ``grad_rows``.
 
     With v_i = sum_n u_ni^2 / (N V) the pooled variance and U = U0 / sqrt(v), the chain rule through the variance gives
-    dU0 = (dU - U t) / std, t_i = sum_n dU_ni U_ni / (N V). Then dz_v = sum_j H_jv du0_j. The mean enters u_0 alone,
-    whose gradient is therefore centred. (For functions of the spectrum, as all that is taken here, it is centred
-    already but for rounding; where the mean is far larger than the deviation, that rounding is the largest error.)
+    dU0 = (dU - U t) / std, t_i = sum_n dU_ni U_ni / (N V). The mean enters u_0 alone, whose gradient is therefore
+    centred. (For functions of the spectrum, as all that is taken here, it is centred already but for rounding; where
+    the mean is far larger than the deviation, that rounding is the largest error.)
     """
-    num_views = len(needed)
     n = len(rows) // num_views
-    shrink = torch.linalg.vecdot(grad_rows, rows, dim=0).div_(-num_views * n)
-    grad_rows.addcmul_(rows, shrink).mul_(inverse_std)
-    grad_rows[:n] -= grad_rows[:n].mean(0)
-    if num_views == 1:
-        return [grad_rows]
-    contrasts = grad_rows.split(n)
-    grads: list[Tensor | None] = []
-    for v, is_needed in enumerate(needed):
-        weights = [row[v] for row in helmert(num_views)]
-        grad_view = contrasts[0] * weights[0] if is_needed else None
-        for contrast, weight in zip(contrasts[1:], weights[1:], strict=True):
-            if weight and grad_view is not None:
-                grad_view.add_(contrast, alpha=weight)
-        grads.append(grad_view)
-    return grads
+    shrink = column_dots(grad_rows, rows).div_(-num_views * n)
+    grad_rows.addcmul_(rows, shrink)
+    gradients = grad_rows.view(num_views, n, -1)
+    scales = _scales(num_views)
+    scales[0] /= num_views  # the mean passes 1 / V on to every view
+    for gradient, scale in zip(gradients.unbind(), scales, strict=True):
+        gradient.mul_(inverse_std * scale)
+    shared = gradients[0]
+    shared -= shared.mean(0)
+    return gradients_of_views(gradients)
 
 
-def _symmetric_product(rows: Tensor, n: int) -> Tensor:
-    """U U^T by blocks of n rows, those below the diagonal mirrored instead of multiplied."""
+CHUNK = 128
+
+
+def column_dots(x: Tensor, y: Tensor) -> Tensor:
+    """sum_n x_ni y_ni of two (N, D) matrices; on the CPU in chunks, without a temporary of their size."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or len(x) <= CHUNK:
+        return torch.linalg.vecdot(x, y, dim=0)
+    dots, products = x.new_zeros(x.shape[1]), x.new_empty((CHUNK, x.shape[1]))
+    for x_rows, y_rows in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+        dots += torch.mul(x_rows, y_rows, out=products[: len(x_rows)]).sum(0)
+    return dots
+
+
+def _symmetric_product(rows: Tensor) -> Tensor:
+    """U U^T by blocks of rows, those below the diagonal mirrored instead of multiplied."""
     product = rows.new_empty((len(rows), len(rows)))
-    for start in range(0, len(rows), n):
-        block = slice(start, start + n)
+    for start in range(0, len(rows), CHUNK):
+        block = slice(start, start + CHUNK)
         product[block, start:] = rows[block] @ rows[start:].mT
-        product[start + n :, block] = product[block, start + n :].mT
+        product[start + CHUNK :, block] = product[block, start + CHUNK :].mT
     return product
 
 
@@ -104,8 +98,8 @@ class _PooledLoss(torch.autograd.Function):
         ctx: Any, blocks: Sequence[Block], weights: Sequence[float], ridge: float, log_det: LogDet, *views: Tensor
     ) -> tuple[Tensor, Tensor]:
         n, dim = views[0].shape
-        rows, inverse_std = _contrasts(views)
-        products = _symmetric_product(rows, n)
+        rows, inverse_std = _standardised(views)
+        products = _symmetric_product(rows)
         groups = []
         for start, stop, degrees in blocks:
             block = slice(start * n, stop * n)
@@ -123,8 +117,8 @@ class _PooledLoss(torch.autograd.Function):
     @closed_form
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         rows, inverse_std, *state = ctx.saved_tensors
-        needed = ctx.needs_input_grad[4:]
-        n = len(rows) // len(needed)
+        num_views = len(ctx.needs_input_grad) - 4
+        n = len(rows) // num_views
         # The factors of F_j = w_j A_j^{-1} / 2 and of dU = 2 F U cancel.
         (total,), *others = ctx.log_det.gradients(ctx.weights, *state)
         total.div_(ctx.blocks[0][2] * n * ctx.ridge)
@@ -132,8 +126,7 @@ class _PooledLoss(torch.autograd.Function):
             block = slice(start * n, stop * n)
             total[block, block].add_(gradient, alpha=1 / (degrees * n * ctx.ridge))
         total.mul_(grad)
-        grad_rows = total @ rows
-        return *(None,) * 4, *_contrasts_backward(grad_rows, rows, inverse_std, needed)
+        return *(None,) * 4, *_standardised_backward(total @ rows, rows, inverse_std, num_views)
 
 
 def pooled_loss(
@@ -153,7 +146,7 @@ class _StandardisedGram(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, view: Tensor, ridge: float) -> Tensor:
-        rows, inverse_std = _contrasts([view])
+        rows, inverse_std = _standardised([view])
         ctx.save_for_backward(rows, inverse_std)
         ctx.ridge = ridge
         return (rows @ rows.mT).div_(len(rows) * ridge)
@@ -163,7 +156,7 @@ class _StandardisedGram(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         rows, inverse_std = ctx.saved_tensors
         grad_rows = (grad + grad.mT).div_(len(rows) * ctx.ridge) @ rows
-        return _contrasts_backward(grad_rows, rows, inverse_std, [True])[0], None
+        return _standardised_backward(grad_rows, rows, inverse_std, 1)[0], None
 
 
 def standardised_gram(view: Tensor, ridge: float) -> Tensor:
