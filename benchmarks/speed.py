@@ -49,6 +49,7 @@ MATRIX_ROWS: dict[str, Callable[[int, int], int]] = {
     "mmi_all_joint": lambda n, d: min(n, 2 * d),
     "mmi_paper": lambda n, d: min(n, 2 * d),
 }
+SLICE_DIMS = {"mmi_k32": 32, "mmi": 128, "mmi_k512": 512}
 SECONDS_PER_LOSS = 3.0
 CUBIC_SECONDS = 20.0
 
@@ -269,6 +270,7 @@ def report(rows: list[dict[str, str]], console: Console) -> None:
         memory.add_row(loss, *(f"{peaks[s]:.2f}" if s in peaks else "" for s in shapes))
     console.print(memory)
     console.print(_growth(rows))
+    console.print(_growth_with_slice_dim(rows))
 
 
 def _cell(cells: dict[Any, dict[str, str]], loss: str, n: int, dim: int) -> str:
@@ -297,4 +299,22 @@ def _growth(rows: list[dict[str, str]]) -> Table:
             design = np.column_stack([logs[:, :2], np.ones(len(logs))])
             (p, q, _), *_ = np.linalg.lstsq(design, logs[:, 2], rcond=None)
             table.add_row(loss, f"{p:.2f}", f"{q:.2f}", str(len(points)))
+    return table
+
+
+def _growth_with_slice_dim(rows: list[dict[str, str]]) -> Table:
+    """Exponents of a power law in k, where the slice is smaller than D and than N."""
+    table = Table(title="growth of ours with the slice's dimension: time ~ k^r")
+    for column in ("N x D", "k", "r"):
+        table.add_column(column)
+    times = {
+        (int(r["n"]), int(r["d"]), SLICE_DIMS[r["loss"]]): float(r["median_ms"])
+        for r in rows
+        if r["loss"] in SLICE_DIMS and (r["pass"], r["precision"]) == ("forward+backward", "float32")
+    }
+    for n, dim in sorted({key[:2] for key in times}):
+        found = sorted((k, ms) for (*shape, k), ms in times.items() if tuple(shape) == (n, dim) and k <= min(n, dim))
+        if len(found) > 1:
+            slope, _ = np.polyfit(*np.log(np.array(found)).T, 1)
+            table.add_row(f"{n} x {dim}", ", ".join(str(k) for k, _ in found), f"{slope:.2f}")
     return table
