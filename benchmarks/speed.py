@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import itertools
 import math
+import os
 import statistics
 import time
 import warnings
@@ -218,6 +219,7 @@ def _peak_bytes(step: Callable[[], Any], leaves: list[Tensor], device: torch.dev
         torch.cuda.synchronize()
         gradients = sum(z.grad.nbytes for z in leaves if z.grad is not None)
         return torch.cuda.max_memory_allocated() - before - gradients
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports the GPU that it does not find as an error
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     # Grown and shrunk in time order; an allocation that is never freed is a result.
