@@ -11,6 +11,7 @@ variance; I is the mutual information of views observed through isotropic noise 
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,7 +100,13 @@ class Options:
                 raise ValueError(f"{name} must be at least 1, got {value}" + _SLICE_DIM_HINT * (name == "slice_dim"))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed must be an int, got {self.seed!r}")
-        if not 0 < self.beta < 2:
+        if not isinstance(self.gather_distributed, bool):
+            raise TypeError(f"gather_distributed must be True or False, got {self.gather_distributed!r}")
+        for name in ("snr", "ridge", "beta"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not (value is None or isinstance(value, numbers.Real)):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+        if self.beta is None or not 0 < self.beta < 2:
             raise ValueError(f"beta must lie in (0, 2), where the series of the logarithm converges, got {self.beta}")
         if self.ridge is not None and self.snr not in (None, DEFAULT_SNR):
             raise ValueError(f"snr={self.snr} and ridge={self.ridge} set the same noise floor: give only one of them")
@@ -130,6 +137,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "slice_kind": SLICE_KINDS,
     "impl": IMPLS,
 }
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _SLICE_DIM_HINT = "; slice_dim=None takes all features"
 
 
@@ -204,7 +212,7 @@ class _Estimate(NamedTuple):
 
 
 def _estimate(views: Sequence[Tensor], step: int | Tensor, options: Options) -> _Estimate:
-    _validate(views, options)
+    _validate(views, step, options)
     device_type = views[0].device.type
     if not torch.is_autocast_enabled(device_type):  # entering a context takes longer than a small operation
         return _estimate_in_full_precision(views, step, options)
@@ -225,6 +233,11 @@ def _estimate_in_full_precision(views: Sequence[Tensor], step: int | Tensor, opt
         # Whether N < D is known only after counting, and the Gram route needs the embeddings themselves.
         sizes = distributed.batch_sizes(views[0])
         samples = sum(sizes)
+        if samples < 2:
+            raise ValueError(
+                f"z_a must hold at least 2 samples on all ranks together, got {sizes} on ranks 0 to {len(sizes) - 1}; "
+                "drop the last incomplete batch (drop_last=True)"
+            )
         if options.impl == "reference" or _is_wide(options.objective, num_views, samples, dim):
             sliced = [distributed.concatenate(z.movedim(-2, 0), sizes).movedim(0, -2) for z in sliced]
             gather = False
@@ -438,13 +451,16 @@ def _triton_gram(z_a: Tensor, z_b: Tensor, ridge: float, options: Options) -> Va
     return logdets.weighted_sum(log_dets, OBJECTIVES[options.objective]), log_dets.detach()
 
 
-def _validate(views: Sequence[Tensor], options: Options) -> None:
+def _validate(views: Sequence[Tensor], step: int | Tensor, options: Options) -> None:
+    _validate_step(step)
     names = ["z_a", "z_b"] if len(views) == 2 else [f"views[{i}]" for i in range(len(views))]
     if len(views) < 2:
         raise ValueError(f"mutual information needs at least 2 views, got {len(views)}")
     for name, z in zip(names, views, strict=True):
         if not isinstance(z, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(z).__name__}")
+        if z.layout != torch.strided:
+            raise TypeError(f"{name} must be dense, got layout {z.layout}; convert it with {name}.to_dense()")
         if not z.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {z.dtype}; convert it with {name}.float()")
         if z.ndim != 2:
@@ -466,6 +482,17 @@ def _validate(views: Sequence[Tensor], options: Options) -> None:
             f"{names[0]} must hold at least 2 samples, got shape {tuple(views[0].shape)}; statistics over the batch "
             "need more, so drop the last incomplete batch (drop_last=True)"
         )
+
+
+def _validate_step(step: int | Tensor) -> None:
+    if isinstance(step, Tensor):
+        if step.dtype not in _INTEGERS or step.numel() != 1:
+            raise TypeError(
+                f"step must be one integer, got a tensor of {step.dtype} and shape {tuple(step.shape)}; pass a scalar "
+                "of dtype int64"
+            )
+    elif isinstance(step, bool) or not isinstance(step, numbers.Integral):
+        raise TypeError(f"step must be an int or an integer tensor, got {step!r}; convert it with int(step)")
 
 
 def _warn_if_starved(objective: str, samples: int, dim: int) -> None:

@@ -40,7 +40,9 @@ class MMILoss(nn.Module):
         order: Order of the series, for ``logdet="taylor"``.
         beta: Rescaling of the series: its spectrum is brought into (0, beta], 0 < beta < 2 (our reading).
         gather_distributed: Statistics over the batches of all ranks. The loss is that of the concatenated batch on
-            every rank, and so is the gradient after DDP's averaging, also with unequal batches.
+            every rank, and so is the gradient after DDP's averaging, also with unequal batches. A rank may hold one
+            sample or none; fewer than two on all together are an error, or on slices, where that would make the device
+            wait, a NaN loss. Without a process group, as with one rank, it changes nothing.
         impl: ``"auto"``; ``"eager"``: torch operations with closed-form gradients; ``"triton"``: fused CUDA kernels for
             two views in float32 or less; ``"reference"``: slow and plain, for checking. A named one is never replaced
             by another; ``"auto"`` takes the kernels for the default objective and slices on CUDA, else eager.
@@ -135,6 +137,7 @@ class MMILoss(nn.Module):
 
     def _step_on(self, z: Tensor) -> Tensor:
         """The step counter on the embeddings' device: criteria are rarely moved there."""
+        self._leave_inference_mode()
         if isinstance(z, Tensor) and self.step.device != z.device:
             self.step = self.step.to(z.device)
         return self.step
@@ -144,7 +147,15 @@ class MMILoss(nn.Module):
         if self.training:
             self.step.add_(1)
 
+    def _leave_inference_mode(self) -> None:
+        """A counter made or moved in inference mode cannot change outside it; a copy made outside can."""
+        if torch.compiler.is_compiling():  # which cannot ask
+            return
+        if self.step.is_inference() and not torch.is_inference_mode_enabled():
+            self.step = self.step.clone()
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._leave_inference_mode()
         # A checkpoint of a criterion without state: keep counting from here.
         state_dict.setdefault(prefix + "step", self.step)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -23,6 +23,7 @@ BAD_INPUTS = [
     ((Z, Z.to(torch.complex64)), TypeError, r"z_b .*floating point.*complex64"),
     ((Z, Z.numpy()), TypeError, r"z_b must be a torch.Tensor, got ndarray"),
     (([1.0], Z), TypeError, r"z_a must be a torch.Tensor, got list"),
+    ((Z.to_sparse(), Z), TypeError, r"z_a must be dense, got layout torch.sparse_coo.*z_a.to_dense\(\)"),
     ((Z, Z.to("meta")), ValueError, r"z_a and z_b .*same device.*cpu and meta"),
 ]
 
@@ -42,6 +43,9 @@ BAD_OPTIONS = [
     ({"ridge": -1.0}, ValueError, "ridge must be a positive number, got -1.0"),
     ({"ridge": float("inf")}, ValueError, "ridge must be a positive number, got inf"),
     ({"snr": 10.0, "ridge": 0.1}, ValueError, "snr=10.0 and ridge=0.1 set the same noise floor: give only one"),
+    ({"snr": "64"}, TypeError, "snr must be a number, got '64'"),
+    ({"ridge": True}, TypeError, "ridge must be a number, got True"),
+    ({"gather_distributed": "gloo"}, TypeError, "gather_distributed must be True or False, got 'gloo'"),
     ({"beta": 2.0}, ValueError, r"beta must lie in \(0, 2\).*got 2.0"),
 ]
 
@@ -60,6 +64,12 @@ def test_bad_options(options, error, message):
         MMILoss(**options)
     with pytest.raises(error, match=message):
         mmi_loss(Z, Z, **options)
+
+
+@pytest.mark.parametrize("step", [1.5, None, "1", True, torch.tensor(1.5), torch.tensor([1, 2])], ids=str)
+def test_bad_step(step):
+    with pytest.raises(TypeError, match=r"step must be .*(int\(step\)|int64)"):
+        mmi_loss(Z, Z, step=step)
 
 
 def test_unknown_option():

@@ -83,6 +83,21 @@ def test_copies_behave_alike(clone):
     assert copied.options == loss_fn.options
 
 
+def test_counter_survives_inference_mode():
+    pair = views(20, 300)
+    with torch.inference_mode():
+        created = MMILoss()
+        inside = created(*pair)
+        other = MMILoss()
+    assert inside == functional_mmi_loss(*pair, step=0)
+    created(*pair).backward()
+    with torch.inference_mode():
+        created(*pair)
+    assert created.step == 3
+    other.load_state_dict(created.state_dict())
+    assert other(*pair) == created(*pair)
+
+
 def test_paper():
     loss_fn = MMILoss.paper()
     assert (loss_fn.options.objective, loss_fn.options.slice_dim) == ("joint", None)

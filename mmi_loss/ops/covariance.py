@@ -213,6 +213,7 @@ def _combine(matrices: Tensor, coefficients: Coefficients, divisor: float | Tens
 def count_and_mean(views: Sequence[Tensor], reduce: Reduce | None = None) -> tuple[float | Tensor, Tensor]:
     """The number of samples and the mean (..., 1, k) of views (..., N, k), pooled over samples, views and processes.
 
+    Both are NaN where all processes together hold fewer than two samples: so become the loss and its gradient.
     To be taken as a constant: moments about the mean are stationary in it, its derivative vanishes.
     """
     total = views[0].sum(-2, keepdim=True)
@@ -222,7 +223,9 @@ def count_and_mean(views: Sequence[Tensor], reduce: Reduce | None = None) -> tup
     if reduce is None:
         return samples, total.div_(len(views) * samples)
     packed = reduce(torch.cat([total.flatten(), total.new_full((1,), samples)]))
-    return packed[-1], packed[:-1].view_as(total) / (len(views) * packed[-1])
+    # An error would need the host to wait for the count; a NaN passes it on.
+    count = packed[-1].masked_fill(packed[-1] < 2, float("nan"))
+    return count, packed[:-1].view_as(total) / (len(views) * count)
 
 
 def add_variance_floor(variance: Tensor, mean: Tensor) -> Tensor:
