@@ -150,7 +150,7 @@ def measure(n: int, dim: int, precision: str, options: argparse.Namespace) -> li
                     times.setdefault((name, kind), []).append(seconds)
     rows = []
     for (name, kind), seconds in times.items():
-        quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
+        quartiles = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 3
         peak = _peak_bytes(steps[name][kind], leaves, device) if name not in FLOORS else 0
         rows.append(
             {

@@ -136,7 +136,7 @@ def measure(
     timed = marks[WARMUP_STEPS:]
     step_ms = [clock.milliseconds(m[0], m[5]) for m in timed]
     loss_ms = [clock.milliseconds(m[1], m[2]) + clock.milliseconds(m[3], m[4]) for m in timed]
-    quartiles = statistics.quantiles(step_ms, n=4) if len(step_ms) > 1 else step_ms * 3
+    quartiles = statistics.quantiles(step_ms, n=4, method="inclusive") if len(step_ms) > 1 else step_ms * 3
     median_step, median_loss = statistics.median(step_ms), statistics.median(loss_ms)
     return {
         "step_ms": f"{median_step:.4g}",
