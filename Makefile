@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test demo clean
+.PHONY: test demo fuzz clean
 
 test: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -13,6 +13,9 @@ test: $(VENV)/installed
 
 demo: $(VENV)/installed
 	$(BIN)/python -m benchmarks demo $(ARGS)
+
+fuzz: $(VENV)/installed
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

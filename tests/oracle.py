@@ -42,6 +42,18 @@ def mutual_information(z_a, z_b, objective="content", ridge=None, snr=64.0):
     return 0.5 * (_log_det(total + noise) - _log_det(within + noise))
 
 
+def content_information(views, snr=64.0):
+    """I(Z; content) in nats of V views (N, D): the analysis of variance with images as groups."""
+    z = np.stack([_numpy(view) for view in views])
+    num_views, n, dim = z.shape
+    x = ((z - z.mean((0, 1))) / z.std((0, 1))).transpose(1, 0, 2)
+    total = sum(sample.T @ sample for sample in x) / (num_views * n)
+    # The unbiased variance of one view about its image's mean, averaged over images.
+    within = sum(np.cov(sample, rowvar=False).reshape(dim, dim) for sample in x) / n
+    noise = dim / snr * np.eye(dim)
+    return 0.5 * (_log_det(total + noise) - _log_det(within + noise))
+
+
 def canonical_correlations(z_a, z_b):
     """Singular values of the whitened cross-covariance."""
     whitened = []
