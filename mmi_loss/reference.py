@@ -51,7 +51,9 @@ def _standardise(views: Sequence[Tensor]) -> list[Tensor]:
     # A feature that varies less than its mean is rounded is constant.
     floor = (16 * resolution.eps * mean.detach()) ** 2 + resolution.tiny**0.75
     variance = (pooled - mean).square().mean(1, keepdim=True)
-    return [(z - mean) / torch.sqrt(variance + floor) for z in views]
+    is_constant = variance <= floor
+    std = torch.sqrt(variance + floor)
+    return [((z - mean) / std).masked_fill(is_constant, 0.0) for z in views]
 
 
 def _covariance(x: Tensor) -> Tensor:

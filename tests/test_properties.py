@@ -456,8 +456,16 @@ def test_degenerate_embeddings_are_finite(shape, seed, objective, options, rank,
     assert value.isfinite()
     if ridge is None:
         assert all(grad.isfinite().all() for grad in grads)
-        if kind == "constant":
-            assert abs(value) < 1
+    # What is constant has no signal and no gradient: rounding is not blown up to unit variance. But a projection of
+    # constants may be near 0, so that the rounding of its sum is not small beside its mean.
+    is_mixed = options["slice_kind"] != "coordinates" and (options["slice_dim"] or shape[1]) < shape[1]
+    if kind == "constant" and is_mixed:
+        assert abs(value) < 1
+    elif kind == "constant":
+        assert value == 0
+        assert not any(grad.any() for grad in grads)
+    elif kind == "dead features" and not is_mixed:
+        assert not any(grad[:, ::2].any() for grad in grads)
 
 
 @given(

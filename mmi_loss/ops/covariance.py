@@ -229,9 +229,11 @@ def count_and_mean(views: Sequence[Tensor], reduce: Reduce | None = None) -> tup
 
 
 def add_variance_floor(variance: Tensor, mean: Tensor) -> Tensor:
-    """The variance plus what rounding alone gives a constant feature of this mean: below that there is no signal.
+    """The variance plus what rounding alone gives a constant feature of this mean; infinite where that is all there is.
 
-    Without it a collapsed embedding would be standardised to unit-variance rounding noise.
+    A constant feature, whose computed mean is off by a rounding, is then standardised to 0, with gradient 0. Its
+    rounding noise over a tiny standard deviation would be a gradient larger than that of all other features.
     """
     resolution = torch.finfo(mean.dtype)
-    return torch.addcmul(variance, mean, mean, value=(16 * resolution.eps) ** 2).add_(resolution.tiny**0.75)
+    floored = torch.addcmul(variance, mean, mean, value=(16 * resolution.eps) ** 2).add_(resolution.tiny**0.75)
+    return floored.masked_fill_(floored >= 2 * variance, float("inf"))
