@@ -10,6 +10,7 @@ COMMANDS = {
     "compare": "methods x widths x batch sizes x seeds on three embedded tasks, in hours",
     "speed": "time and memory against every rival, to the floor",
     "step": "the loss's share of a training step: backbone, projector, loss, optimiser",
+    "gauntlet": "half precision, dead features, NaN, resumes: ours and its rivals against their own definitions",
     "solo_learn": "Barlow Twins, VICReg and MMI in an unmodified clone of solo-learn",
 }
 

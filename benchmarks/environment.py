@@ -20,8 +20,8 @@ RESULTS = Path(__file__).parent / "results"
 def columns(device: str = "cpu") -> dict[str, Any]:
     """Version, commit, torch, device, threads and date of this process."""
     git = ["git", "-C", str(Path(__file__).parent)]
-    commit = _output([*git, "rev-parse", "--short", "HEAD"])
-    dirty = "+" if _output([*git, "status", "--porcelain", "--untracked-files=no"]) else ""
+    commit = output([*git, "rev-parse", "--short", "HEAD"])
+    dirty = "+" if output([*git, "status", "--porcelain", "--untracked-files=no"]) else ""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else _processor()
     return {
         "version": mmi_loss.__version__,
@@ -54,7 +54,8 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _output(command: list[str]) -> str:
+def output(command: list[str]) -> str:
+    """What a command prints; nothing where it fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

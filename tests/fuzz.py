@@ -1,7 +1,7 @@
 """``make fuzz``: the properties of test_properties.py on many thousand examples, in rounds that can be interrupted.
 
 Every finished round is a row of ``OUT/rounds.csv``; the same command goes on after the last one, as long as the
-package and the properties are the same. A failing example is written to ``OUT/failures`` and kept in hypothesis's
+package and the property are the same. A failing example is written to ``OUT/failures`` and kept in hypothesis's
 database in ``OUT/examples``, from where it is tried first the next time.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import sys
 import time
 import traceback
@@ -29,7 +30,7 @@ from tests import test_properties
 
 ROUND = 50
 """Examples of a round: some seconds, and few enough for an interruption to cost little."""
-SOURCES = [*sorted(Path(mmi_loss.__file__).parent.rglob("*.py")), Path(test_properties.__file__)]
+PACKAGE = sorted(path for path in Path(mmi_loss.__file__).parent.rglob("*.py") if "integrations" not in path.parts)
 
 
 def properties(module: Any = test_properties) -> dict[str, Any]:
@@ -37,9 +38,11 @@ def properties(module: Any = test_properties) -> dict[str, Any]:
     return {name: test for name, test in vars(module).items() if hasattr(test, "hypothesis")}
 
 
-def sources_digest() -> str:
-    """Names the tested code: rounds of another package or other properties do not count."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:12]
+def sources_digest(test: Any) -> str:
+    """Names the tested code: rounds of another package or of an earlier form of the property do not count."""
+    sources = [path.read_bytes() for path in PACKAGE]
+    sources.append(inspect.getsource(test.hypothesis.inner_test).encode())
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
 
 
 def run_round(test: Any, index: int, size: int, database: Path) -> tuple[int, str]:
@@ -85,8 +88,13 @@ def main(arguments: list[str]) -> int:
     chosen = {
         name: test for name, test in properties().items() if not options.only or any(w in name for w in options.only)
     }
-    target, digest, where = -(-options.examples // len(chosen)), sources_digest(), environment.columns()
-    done = [row for row in environment.read(rounds) if row["sources"] == digest]
+    target, where = -(-options.examples // len(chosen)), environment.columns()
+    digests = {name: sources_digest(test) for name, test in chosen.items()}
+
+    def finished() -> list[dict[str, str]]:
+        return [row for row in environment.read(rounds) if row["sources"] == digests.get(row["property"])]
+
+    done = finished()
     counts = {name: sum(int(row["examples"]) for row in done if row["property"] == name) for name in chosen}
     indices = {name: sum(row["property"] == name for row in done) for name in chosen}
     columns = [TextColumn("{task.description:50}"), BarColumn(), MofNCompleteColumn(), TextColumn("examples")]
@@ -104,7 +112,7 @@ def main(arguments: list[str]) -> int:
                     "examples": passed,
                     "failures": int(bool(report)),
                     "seconds": round(time.perf_counter() - begin, 2),
-                    "sources": digest,
+                    "sources": digests[name],
                     **where,
                 }
                 if report:
@@ -117,7 +125,7 @@ def main(arguments: list[str]) -> int:
                 progress.update(bar, advance=min(passed, max(0, target - counts[name])))
                 counts[name] += passed
                 indices[name] += 1
-    summary = summarise([row for row in environment.read(rounds) if row["sources"] == digest])
+    summary = summarise(finished())
     path = options.summary or options.out / "fuzz.csv"
     path.unlink(missing_ok=True)
     for row in summary:
