@@ -183,7 +183,7 @@ def measure(
             ("median_ms", "q1_ms", "q3_ms", "graph_ms", "launches", "peak_extra_mib", "gb_per_s", "of_copy_rate"), ""
         )
         if name in steps:
-            quartiles = statistics.quantiles(times[name], n=4)
+            quartiles = statistics.quantiles(times[name], n=4, method="inclusive")
             graph = _graph_seconds(steps[name], turns, device)
             fastest = min(statistics.median(times[name]), graph or float("inf"))
             row = {
