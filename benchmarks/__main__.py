@@ -11,6 +11,7 @@ COMMANDS = {
     "speed": "time and memory against every rival, to the floor",
     "step": "the loss's share of a training step: backbone, projector, loss, optimiser",
     "gauntlet": "half precision, dead features, NaN, resumes: ours and its rivals against their own definitions",
+    "distributed": "gradient errors under DDP and bytes sent, in real processes",
     "solo_learn": "Barlow Twins, VICReg and MMI in an unmodified clone of solo-learn",
 }
 
@@ -18,7 +19,7 @@ COMMANDS = {
 def main() -> int:
     """Run a command's module: its ``main(arguments)`` parses the rest."""
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        print(__doc__, *(f"  {name:10} {text}" for name, text in COMMANDS.items()), sep="\n")
+        print(__doc__, *(f"  {name:11} {text}" for name, text in COMMANDS.items()), sep="\n")
         return 0 if sys.argv[1:] in ([], ["-h"], ["--help"]) else 2
     # Only the chosen command's dependencies are imported.
     importlib.import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:])
