@@ -235,6 +235,7 @@ def main(arguments: list[str]) -> None:
             for group in (losses, traffic)
         )
     finished = {tuple(row[name] for name in Cell.__annotations__) for row in environment.read(options.out)}
+    where = environment.columns()
     with Progress(console=console) as progress:
         grid = itertools.product(options.worlds, SPLITS)
         groups = [
@@ -251,7 +252,7 @@ def main(arguments: list[str]) -> None:
             progress.advance(bar, len(cells) - len(todo))
             for row in measure(todo, losses | traffic, options.solo_learn):
                 library = (losses | traffic)[row["loss"]].library
-                environment.append(options.out, {"library": library, **row, **environment.columns()})
+                environment.append(options.out, {"library": library, **row, **where})
                 progress.advance(bar)
     report(environment.read(options.out), console)
 
@@ -312,9 +313,14 @@ def _model(cell: Cell) -> nn.Module:
 
 def _gradient(model: nn.Module, criterion: Criterion, views: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The loss, and the gradient of all parameters as a vector."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(views[0].dtype)  # solo-learn makes its batch norm in the default
     torch.manual_seed(0)  # for losses with random numbers, the same on all ranks
-    loss = criterion([model(z) for z in views])
-    loss.backward()
+    try:
+        loss = criterion([model(z) for z in views])
+        loss.backward()
+    finally:
+        torch.set_default_dtype(default)
     return loss.detach().to(views[0].dtype), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 

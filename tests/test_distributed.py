@@ -36,7 +36,7 @@ WIDE, NARROW = 64, 3  # more features than samples of all views and ranks: the G
 
 
 class Case(NamedTuple):
-    """What is trained: options of the loss, width of the embedding, number of views, dtype of the model."""
+    """What is trained: options of the loss, width of the embedding, number of views, dtype of the model, steps."""
 
     options: dict[str, Any]
     dim: int = 20
@@ -44,9 +44,11 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float64
     autocast: bool = False
 
+    steps: int = 3
+
     @property
-    def has_exact_arithmetic(self):
-        """Whether a group of processes can be told from one by more than rounding."""
+    def is_exact(self):
+        """Whether a group of processes differs from one by no more than float64's rounding."""
         return self.dtype == torch.float64
 
 
@@ -63,12 +65,12 @@ CASES = {}
 for _objective, (_route, (_options, _dim)) in itertools.product(OBJECTIVES, ROUTES.items()):
     for _logdet in LOGDETS:
         _all = {"objective": _objective, "logdet": _logdet, **_options}
-        CASES[f"{_objective}, {_route}, {_logdet}"] = Case(_all, _dim)
+        CASES[f"{_objective}, {_route}, {_logdet}"] = Case(_all, _dim, steps=STEPS if _logdet == "cholesky" else 3)
     if _route in ("kronecker", "all features, covariance", "all features, Gram"):
         _all = {"objective": _objective, **_options}
         CASES[f"{_objective}, {_route}, 3 views"] = Case(_all, _dim, num_views=3)
-        CASES[f"{_objective}, {_route}, float32"] = Case(_all, _dim, dtype=torch.float32)
-        CASES[f"{_objective}, {_route}, autocast"] = Case(_all, _dim, dtype=torch.float32, autocast=True)
+        CASES[f"{_objective}, {_route}, float32"] = Case(_all, _dim, dtype=torch.float32, steps=1)
+        CASES[f"{_objective}, {_route}, autocast"] = Case(_all, _dim, dtype=torch.float32, steps=1, autocast=True)
     if _route in ("kronecker", "all features, Gram"):
         CASES[f"{_objective}, {_route}, reference"] = Case({**_all, "impl": "reference"}, _dim)
 LIGHTNING = [name for name in CASES if name.endswith("cholesky") and ("kronecker" in name or "Gram" in name)]
@@ -104,10 +106,9 @@ def make_criterion(case, gather):
 def train(case, model, drawn, gather=False):
     """Losses, parameter gradients and gradients at the embeddings of the first batches, and the parameters after."""
     criterion = make_criterion(case, gather)
-    steps = STEPS if case.has_exact_arithmetic else 1
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     result = {"losses": [], "grads": [], "embeddings": [], "embedding_grads": []}
-    for step in range(steps):
+    for step in range(case.steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
             embeddings = [model(z) for z in drawn[step % len(drawn)][: case.num_views]]
             loss = criterion(embeddings, step)
@@ -181,7 +182,7 @@ def too_few(case, sizes, rank):
     return loss.detach(), z.grad
 
 
-TOO_FEW = {name: case for name, case in CASES.items() if name.endswith(("cholesky", "taylor", "reference"))}
+TOO_FEW = {name: case for name, case in CASES.items() if name.endswith(("cholesky", "reference"))}
 
 
 def run_rank(rank, world, folder):
@@ -261,7 +262,7 @@ def group(request, tmp_path_factory):
     return world, [torch.load(Path(folder, f"rank{rank}.pt"), weights_only=True) for rank in range(world)]
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.has_exact_arithmetic])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.is_exact])
 def test_equals_the_concatenated_batch(group, name):
     world, ranks = group
     expected = train(CASES[name], make_model(CASES[name]), batches(SIZES[world]))
@@ -274,7 +275,7 @@ def test_equals_the_concatenated_batch(group, name):
         assert (result["parameters"] - flat(make_model(CASES[name]).parameters())).norm() > 1e-2
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.has_exact_arithmetic])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.is_exact])
 def test_equals_the_concatenated_batch_in_less_precision(group, name):
     """Against the same arithmetic in one process, and on the very embeddings of the ranks in float64."""
     world, ranks = group
