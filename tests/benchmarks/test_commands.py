@@ -14,7 +14,7 @@ pytest.importorskip("lightly", reason="lightly is not installed: pip install mmi
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install mmi-loss[bench]")
 
 from benchmarks import __main__ as command_line
-from benchmarks import demo, speed, training
+from benchmarks import demo, distributed, environment, speed, training
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,6 +116,36 @@ def test_peak_memory_counts_temporaries_not_gradients():
     # The product, its expanded gradient, and at most two products with it before they become gradients.
     peak = speed._peak_bytes(step, leaves, torch.device("cpu")) / leaves[0].nbytes
     assert 0.9 < peak < 2.1
+
+
+def test_distributed(tmp_path, capsys):
+    """A loss that takes the processes with it is a row, not the end; solo-learn's losses come from its own files."""
+    losses = tmp_path / "solo" / "losses"
+    losses.mkdir(parents=True)
+    (tmp_path / "solo" / "utils").mkdir()
+    local = "def {0}_loss_func(z1, z2):\n    return (z1 - z2).square().mean() - z1.std()\n"
+    (losses / "barlow.py").write_text(local.format("barlow"))
+    (losses / "vicreg.py").write_text("from solo.utils.misc import gather\n" + local.format("vicreg"))
+    (tmp_path / "solo" / "utils" / "misc.py").write_text("import no_such_package\ndef gather(x):\n    return x\n")
+    arguments = ["--worlds", "2", "--batches", "12", "--traffic-dim", "64", "--out", str(tmp_path / "rows.csv")]
+    arguments += ["--losses", "content, kronecker", "default", "barlow", "lightly vicreg"]
+    distributed.main([*arguments, "--solo-learn", str(tmp_path)])
+    rows = environment.read(tmp_path / "rows.csv")
+    by_cell = {(row["loss"], row["split"], row["dim"]): row for row in rows}
+    for split in ("equal", "unequal"):
+        assert float(by_cell["content, kronecker", split, "128"]["gradient_error"]) < 1e-12
+        assert float(by_cell["solo-learn barlow", split, "128"]["gradient_error"]) > 0.01
+    assert by_cell["lightly vicreg", "unequal", "128"]["failure"]
+    # The sums and the count, two 64 x 64 moments and their gradient, each once round the ring: (W - 1) / W twice.
+    assert by_cell["default", "equal", "64"]["calls"] == "3"
+    assert int(by_cell["default", "equal", "64"]["ring_bytes"]) == 4 * (64 + 1 + 2 * 2 * 64**2)
+    assert int(by_cell["lightly barlow_twins", "equal", "64"]["ring_bytes"]) == 4 * 2 * 64**2
+    shown = capsys.readouterr().out
+    assert "fails: lightly vicreg" in shown
+    distributed.main(arguments)  # nothing is left to do
+    assert environment.read(tmp_path / "rows.csv") == rows
+    with pytest.raises(FileNotFoundError, match=r"barlow\.py is not there: --solo-learn takes a clone"):
+        distributed.solo_learn(tmp_path / "nowhere")
 
 
 def test_command_line(monkeypatch, capsys):

@@ -97,6 +97,24 @@ def test_loss_falls(tmp_path):
     assert losses[-1] < losses[0] - 0.5
 
 
+def test_resumes_from_a_checkpoint_with_its_slices(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.rand(16, 3, 16, 16, generator=generator) for _ in range(2)]
+    batches = [(images, torch.arange(16) % 10)] * 3
+
+    def finish(checkpoint=None):
+        module = model(criterion=MMILoss(slice_dim=8, gather_distributed=True), learning_rate=1.0)
+        every = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1) if checkpoint is None else None
+        fit = trainer(tmp_path, max_epochs=4, callbacks=every, enable_checkpointing=every is not None)
+        fit.fit(module, torch.utils.data.DataLoader(batches, batch_size=None), ckpt_path=checkpoint, weights_only=True)
+        return module
+
+    whole, resumed = finish(), finish(tmp_path / "epoch=1.ckpt")
+    assert torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)["state_dict"]["criterion.step"] == 6
+    assert resumed.criterion.step == whole.criterion.step == 12
+    assert all(map(torch.equal, resumed.parameters(), whole.parameters()))
+
+
 @pytest.mark.parametrize(("epochs", "warmup"), [(1, 0), (10, 3), (300, 30)])
 def test_warmup_is_clamped(epochs, warmup, tmp_path):
     """Ten epochs of three steps, at most a tenth of the run."""
