@@ -75,7 +75,7 @@ for _objective, (_route, (_options, _dim)) in itertools.product(OBJECTIVES, ROUT
         CASES[f"{_objective}, {_route}, reference"] = Case({**_all, "impl": "reference"}, _dim)
 LIGHTNING = [name for name in CASES if name.endswith("cholesky") and ("kronecker" in name or "Gram" in name)]
 # A step's slices: what random coordinates and projections give for one and several slices.
-SLICES = [Options(slice_dim=8, num_slices=count, slice_kind=kind) for kind in SLICE_KINDS for count in (1, 3)]
+SLICES = [Options(slice_dim=16, num_slices=count, slice_kind=kind) for kind in SLICE_KINDS for count in (1, 3)]
 
 
 def batches(sizes, rank=None, dtype=torch.float64):
@@ -330,7 +330,7 @@ def test_fewer_than_two_samples_on_all_ranks(group, name, total):
         else:
             loss, grad = result
             assert loss.isnan()
-            assert grad.isnan().all()
+            assert grad.isnan().any() or not len(grad)  # of coordinates, those in the slice
 
 
 def test_sizes_are_known_everywhere(group):
