@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -358,18 +359,19 @@ def _errors(values: Tensor, gradient: Tensor, expected: Tensor, expected_gradien
 
 
 def report(rows: list[dict[str, str]], console: Console) -> None:
-    """Gradient errors by world size and batch, then traffic."""
-    sizes = sorted({(int(row["world"]), int(row["batch"])) for row in rows})
-    for split in SPLITS:
-        table = Table(title=f"relative error of the gradient, {split} batches (ranks, samples on all together)")
-        table.add_column("loss")
-        for world, batch in sizes:
-            table.add_column(f"{world}, {batch}", justify="right")
-        shown = [row for row in rows if row["split"] == split and int(row["dim"]) == DIM]
-        by_cell = {(row["loss"], int(row["world"]), int(row["batch"])): row for row in shown}
+    """Gradient errors of every loss by batch for each number of ranks, then traffic."""
+    shown = [row for row in rows if int(row["dim"]) == DIM]
+    columns = list(itertools.product(SPLITS, sorted({int(row["batch"]) for row in shown})))
+    for world in sorted({int(row["world"]) for row in shown}):
+        title = f"relative error of the gradient, {world} ranks, by samples on all together (u: unequal batches)"
+        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("loss", no_wrap=True)
+        for split, batch in columns:
+            table.add_column(f"{batch}" if split == "equal" else f"{batch} u", justify="right", no_wrap=True)
+        by_cell = {(row["loss"], row["split"], int(row["batch"])): row for row in shown if int(row["world"]) == world}
         for loss in dict.fromkeys(row["loss"] for row in shown):
-            cells = [by_cell.get((loss, world, batch)) for world, batch in sizes]
-            table.add_row(loss, *("" if row is None else row["gradient_error"] or "fails" for row in cells))
+            cells = [by_cell.get((loss, split, batch)) for split, batch in columns]
+            table.add_row(loss, *map(_error, cells))
         console.print(table)
     for failure, losses in _failures(rows).items():
         console.print(f"fails: {', '.join(losses)}: {failure}")
@@ -386,6 +388,12 @@ def report(rows: list[dict[str, str]], console: Console) -> None:
         megabytes = [f"{float(by_world[w]['ring_bytes'] or 'nan') / 1e6:.3g}" if w in by_world else "" for w in worlds]
         table.add_row(loss, *megabytes, next(iter(by_world.values()))["calls"])
     console.print(table)
+
+
+def _error(row: dict[str, str] | None) -> str:
+    if row is None:
+        return ""
+    return f"{float(row['gradient_error']):.1g}" if row["gradient_error"] else "fails"
 
 
 def _failures(rows: list[dict[str, str]]) -> dict[str, list[str]]:
