@@ -44,9 +44,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.world > 1:
-        rendezvous = f"file://{options.folder.resolve()}/rendezvous"
+        store = dist.FileStore(str(options.folder / "store"), options.world)
+        store.set(f"rank {options.rank}", "ready")
+        # Slow starts are not what the timeout is about.
+        store.wait([f"rank {rank}" for rank in range(options.world)], datetime.timedelta(minutes=2))
         timeout = datetime.timedelta(seconds=options.timeout)
-        dist.init_process_group("gloo", rendezvous, timeout, options.world, options.rank)
+        dist.init_process_group("gloo", store=store, rank=options.rank, world_size=options.world, timeout=timeout)
     torch.manual_seed(0)
     model, loss_fn = nn.Linear(8, 32), MMILoss(slice_dim=8, gather_distributed=True)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)

@@ -47,19 +47,19 @@ def test_killed_run_resumes_to_the_same_parameters(tmp_path):
 
 def test_a_rank_that_dies_ends_the_others_with_an_error(tmp_path):
     """And one that only stops does, by the process group's timeout."""
-    ways = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
+    ways = {"killed": (signal.SIGKILL, 3), "stopped": (signal.SIGSTOP, 2)}
     groups = {}
-    for name in ways:
+    for name, (_, world) in ways.items():
         folder = tmp_path / name
         folder.mkdir()
-        arguments = ["--world", 3, "--timeout", 5, "--steps", 10**6]
-        groups[name] = [start(folder, *arguments, "--rank", rank) for rank in range(3)]
+        arguments = ["--world", world, "--timeout", 5, "--steps", 10**6]
+        groups[name] = [start(folder, *arguments, "--rank", rank) for rank in range(world)]
     try:
         for name, (*others, last) in groups.items():
             for line in last.stdout:
                 if int(line) >= 3:
                     break
-            last.send_signal(ways[name])
+            last.send_signal(ways[name][0])
             for process in others:
                 _, errors = process.communicate(timeout=GENEROUS)
                 assert process.returncode == 1
