@@ -11,6 +11,7 @@ COMMANDS = {
     "speed": "time and memory against every rival, to the floor",
     "step": "the loss's share of a training step: backbone, projector, loss, optimiser",
     "gauntlet": "half precision, dead features, NaN, resumes: ours and its rivals against their own definitions",
+    "figures": "the paper's figures, and how much information chance alone shows",
     "solo_learn": "Barlow Twins, VICReg and MMI in an unmodified clone of solo-learn",
 }
 
