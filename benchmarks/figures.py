@@ -150,7 +150,7 @@ def logarithm(options: argparse.Namespace) -> Any:
         derivative.set_ylim(-2, 4.5)
         value.set_title(title, fontsize=11)
     axes[0, 0].set_ylabel("log λ and its series, nats")
-    axes[1, 0].set_ylabel("c × derivative at constant c")
+    axes[1, 0].set_ylabel("c times the derivative at constant c")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     shade = plt.Rectangle((0, 0), 1, 1, color="#1f77b4", alpha=0.08)
     label = f"a spectrum up to\nλ = {LARGEST:g}: on the left\nbeyond the frame"
