@@ -46,6 +46,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks figures", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="FIGURE")
     parser.add_argument("--seeds", type=int, default=2, help="of figure 4")
+    parser.add_argument("--draw", action="store_true", help="train nothing: figure 4 from finished runs alone")
     parser.add_argument("--steps", type=int, help="of figure 4, in place of each task's own")
     parser.add_argument("--workers", type=int, default=1, help="single-threaded processes of figure 4")
     parser.add_argument("--cache", type=Path, default=Path("runs/figures/cache"), help="folder of the tasks' views")
@@ -58,7 +59,7 @@ def main(arguments: list[str]) -> None:
     options, console = parse(arguments), Console()
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.only:
-        if name == "4":
+        if name == "4" and not options.draw:
             grid.run(cells(options), options.out / "figure4.csv", options.cache, options.workers, console)
         figure = FIGURES[name](options)
         path = options.out / f"figure-{name}.png"
@@ -177,6 +178,8 @@ def convergence(options: argparse.Namespace) -> Any:
     rows = [row for row in environment.read(options.out / "figure4.csv") if row["cell"] in wanted]
     names = list(dict.fromkeys(cell.method for cell in wanted.values()))
     tasks = list(dict.fromkeys(row["task"] for row in rows))
+    if not rows:
+        raise SystemExit(f"{options.out / 'figure4.csv'} has no finished runs to draw")
     figure, axes = _panels(2, len(tasks), (5.2 * len(tasks), 7))
     colours = dict(zip(names, plt.get_cmap("viridis")(np.linspace(0, 0.85, len(BETAS))), strict=False))
     for column, task in zip(axes.T, tasks, strict=True):
@@ -191,13 +194,15 @@ def convergence(options: argparse.Namespace) -> Any:
                 values = np.array([[point.get(key, np.nan) for point in history] for history in found])
                 axis.plot(step, values.mean(0), marker="o", markersize=3, label=name, **style)
                 axis.fill_between(step, values.min(0), values.max(0), color=style["color"], alpha=0.12, linewidth=0)
-        column[0].set_title(f"{task}, D = {DIM}, N = {BATCH_SIZE}", fontsize=11)
+        seeds = len({row["seed"] for row in rows if row["task"] == task})
+        title = f"{task}, D = {DIM}, N = {BATCH_SIZE}: {'mean and range of ' if seeds > 1 else ''}{seeds} seed"
+        column[0].set_title(title + "s" * (seeds > 1), fontsize=11)
         column[1].set_xlabel("optimiser steps")
         for axis in column:
             axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("kNN accuracy")
     axes[1, 0].set_ylabel("held-out mutual information, nats")
-    axes[0, 0].legend(fontsize=9, title=f"mean and range of {options.seeds} seeds", title_fontsize=8)
+    axes[0, 0].legend(fontsize=9)
     return figure
 
 
