@@ -38,6 +38,7 @@ OBJECTIVE_COLOURS = {
     "content": COLOURS["mmi"],
 }
 SIMULATED_DIM, SLICED_DIM, SLICE_DIMS = 64, 512, (32, 128)
+SAMPLES, SLICED_SAMPLES = (72, 96, 136, 192, 256, 512, 1024, 4096), (160, 320, 640, 1280, 2560, 5120)
 REPEATS = 16
 
 
@@ -251,7 +252,7 @@ def chance(options: argparse.Namespace) -> Any:
     for objective, colour in OBJECTIVE_COLOURS.items():
         _curve(whole, objective, least[objective], 64 * dim, dim, dim, {"color": colour, "label": objective})
         floor: list[tuple[int, float]] = []
-        for n in (72, 96, 136, 192, 256, 512, 1024, 4096):
+        for n in SAMPLES:
             floor.append((n, simulate(n, dim, REPEATS, objective=objective, slice_dim=None)[0]))
             if n > least[objective]:
                 _point(whole, n, dim, dim, objective, {"color": colour}, slice_dim=None)
@@ -262,13 +263,13 @@ def chance(options: argparse.Namespace) -> Any:
     whole.set_title(f"all features, D = {dim}", fontsize=11)
     _curve(sliced, "joint", 2 * SLICED_DIM + 1, 16 * SLICED_DIM, SLICED_DIM, SLICED_DIM, {"color": "#7f7f7f"})
     sliced.lines[-1].set_label("joint, all features")
-    _point(sliced, 2048, SLICED_DIM, SLICED_DIM, "joint", {"color": "#7f7f7f"}, slice_dim=None)
+    _point(sliced, 4 * SLICED_DIM, SLICED_DIM, SLICED_DIM, "joint", {"color": "#7f7f7f"}, slice_dim=None)
     for k, line in zip(SLICE_DIMS, ("-", "--"), strict=True):
         for objective in ("joint", "content"):
             style = {"color": OBJECTIVE_COLOURS[objective], "linestyle": line, "label": f"{objective}, slice of {k}"}
             first = 2 * k + 1 if objective == "joint" else k
             _curve(sliced, objective, first, 16 * SLICED_DIM, k, SLICED_DIM, style)
-            for n in (160, 320, 640, 1280, 2560, 5120):
+            for n in SLICED_SAMPLES:
                 if n > 1.1 * first:
                     _point(sliced, n, k, SLICED_DIM, objective, {"color": style["color"]}, slice_dim=k)
     sliced.set_title(f"random slices of D = {SLICED_DIM} features", fontsize=11)
