@@ -280,7 +280,10 @@ def chance(options: argparse.Namespace) -> Any:
         axis.xaxis.set_major_formatter("{x:g}")
     whole.legend(fontsize=8, loc="upper right")
     sliced.legend(fontsize=8, loc="lower left")
-    figure.suptitle("what independent Gaussian views seem to share; lines: exact expectation (digamma)", fontsize=11)
+    figure.suptitle(
+        "what independent Gaussian views seem to share, per dimension of embedding or slice; lines: exact (digamma)",
+        fontsize=11,
+    )
     return figure
 
 
