@@ -19,7 +19,7 @@ def modules(monkeypatch):
     """The modules the command builds, and the epochs they begin. Their networks are small ones here."""
     built, build = [], schedule.build
     for name, recipe in schedule.SCHEDULES.items():
-        small = dataclasses.replace(recipe, backbone="conv", projector_dim=16)
+        small = dataclasses.replace(recipe, backbone="tiny", projector_dim=16)
         monkeypatch.setitem(schedule.SCHEDULES, name, small)
 
     def watched(*arguments, **options):
@@ -75,9 +75,9 @@ def test_other_forms_and_methods(name, method, optimizer, modules, tmp_path):
         write_cifar(tmp_path, name)
     else:
         write_folders(tmp_path)
-    schedule.main(arguments(name, method, tmp_path))
+    schedule.main([*arguments(name, method, tmp_path), "--epochs", "1"])
     (module,) = modules
-    assert module.begun == [0, 1]
+    assert module.begun == [0]
     assert type(module.criterion) is type(schedule.METHODS[method].criterion(False))
     # Biases and norms take no weight decay from LARS, all weights take some.
     state = torch.load(next(tmp_path.glob("runs/*/last.ckpt")), weights_only=False)["optimizer_states"][0]
