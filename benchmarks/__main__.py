@@ -12,6 +12,8 @@ COMMANDS = {
     "step": "the loss's share of a training step: backbone, projector, loss, optimiser",
     "gauntlet": "half precision, dead features, NaN, resumes: ours and its rivals against their own definitions",
     "distributed": "gradient errors under DDP and bytes sent, in real processes",
+    "figures": "the paper's figures, and how much information chance alone shows",
+    "schedule": "CIFAR and ImageNet by lightly's published schedules, from data to linear probe",
     "solo_learn": "Barlow Twins, VICReg and MMI in an unmodified clone of solo-learn",
 }
 

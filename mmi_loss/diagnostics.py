@@ -99,8 +99,9 @@ def generalised_gaussian_constant(dim_a: int, dim_b: int, shape: float) -> float
 
     Our reading: both views and their joint vector follow the multivariate generalised Gaussian
     ``p(x) ~ exp(-(x^T M^-1 x)^s / 2)``, whose entropy is half the log det of its covariance plus a term of shape
-    and dimension only. (Marginals of such a joint law are not themselves of this family unless s = 1; the
-    constant takes the theorem's premise as given.)
+    and dimension only. Marginals of such a joint law are not themselves of this family unless s = 1: the constant
+    takes the theorem's premise as given, and is negative for s != 1. What a joint law adds with its own marginals is
+    a positive number, as independent of the covariance (``tests/test_theorems.py`` has both).
     """
     return (
         generalised_gaussian_entropy(dim_a, shape)

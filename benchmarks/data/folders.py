@@ -25,9 +25,9 @@ def load(name: str, path: Path) -> Task:
     """CIFAR in torchvision's layout; an image folder with ``train/`` and ``val/`` or ``test/``."""
     size = CIFAR_SIZE if name.startswith("cifar") else IMAGENET_SIZE
     views = VICRegTransform(input_size=size, gaussian_blur=0.0 if size == CIFAR_SIZE else 0.5)
-    pretrain = _dataset(name, path, True, views)
+    pretrain = dataset(name, path, True, views)
     plain = T.Compose([T.Resize(size), T.CenterCrop(size), T.ToTensor(), T.Normalize(**IMAGENET_NORMALIZE)])
-    splits = [_dataset(name, path, is_train, plain) for is_train in (True, False)]
+    splits = [dataset(name, path, is_train, plain) for is_train in (True, False)]
 
     def pretrain_batches(batch_size: int, seed: int) -> Iterable[Batch]:
         if batch_size > len(pretrain):
@@ -54,7 +54,8 @@ def load(name: str, path: Path) -> Task:
     )
 
 
-def _dataset(name: str, path: Path, is_train: bool, transform: Any) -> Any:
+def dataset(name: str, path: Path, is_train: bool, transform: Any) -> Any:
+    """A split of ``cifar10``, ``cifar100`` or ``imagefolder`` (``train/`` and ``val/`` or ``test/``) under ``path``."""
     try:
         if name == "imagefolder":
             folders = ["train"] if is_train else ["val", "test"]
