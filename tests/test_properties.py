@@ -436,7 +436,7 @@ def test_dtypes_and_autocast(shape, seed, objective, options, dtypes, autocast):
     rank=st.integers(1, 5),
     kind=st.sampled_from(["low rank", "constant", "dead features", "duplicated samples", "identical views"]),
     dtype=floating_dtypes,
-    level=st.floats(-1e4, 1e4, width=16),
+    level=st.floats(-1e4, 1e4).map(lambda level: level * math.pi),  # so that the mean is rounded
     ridge=st.sampled_from([None, 1e-12]),
 )
 def test_degenerate_embeddings_are_finite(shape, seed, objective, options, rank, kind, dtype, level, ridge):
@@ -480,6 +480,8 @@ def test_degenerate_embeddings_are_finite(shape, seed, objective, options, rank,
 )
 def test_non_finite_input_is_seen_everywhere(shape, seed, objective, options, log_det, dtype, value, num_views):
     """One element of one view, in a feature that a slice takes or not: NaN loss, NaN in the gradient of every view."""
+    if options["slice_dim"] is not None:  # few features, so that most are not taken
+        options["slice_dim"] = 1 + options["slice_dim"] % ((shape[1] + 1) // 2)
     views = [z.to(dtype) for z in draw_views(shape, seed, num_views=num_views)]
     views[seed % num_views][seed % shape[0], seed % shape[1]] = value
     loss, grads = backward(views, objective=objective, **options, **log_det)
