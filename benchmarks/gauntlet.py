@@ -412,9 +412,12 @@ def _resumed(criterion: Criterion, views: Views) -> Outcome:
 _resumed = _spares_the_definition(_resumed, _uninterrupted)
 
 
-def _compiled(criterion: Criterion, views: Views) -> Outcome:
-    torch.compiler.reset()
-    return forward_backward(torch.compile(criterion, fullgraph=True), views)
+def _compiled(fullgraph: bool) -> Run:
+    def run(criterion: Criterion, views: Views) -> Outcome:
+        torch.compiler.reset()
+        return forward_backward(torch.compile(criterion, fullgraph=fullgraph), views)
+
+    return _spares_the_definition(run)
 
 
 def _deterministic(criterion: Criterion, views: Views) -> Outcome:
@@ -446,7 +449,7 @@ def _trained_in_inference_mode(criterion: Criterion, views: Views) -> Outcome:
     return forward_backward(criterion, views)
 
 
-for _run in (_grad_scaler, _compiled, _deterministic, _after_inference_mode):
+for _run in (_grad_scaler, _deterministic, _after_inference_mode):
     _spares_the_definition(_run)
 
 # The course
@@ -488,7 +491,8 @@ CASES = [
     Case("GradScaler from 2^24, fp16", _once(healthy_views), _grad_scaler),
     Case("gradient accumulation", _once(healthy_views), _accumulate),
     Case("checkpoint and resume", _once(healthy_views), _resumed),
-    Case("torch.compile(fullgraph=True)", _once(healthy_views), _compiled),
+    Case("torch.compile", _once(healthy_views), _compiled(fullgraph=False)),
+    Case("torch.compile(fullgraph=True)", _once(healthy_views), _compiled(fullgraph=True)),
     Case("deterministic algorithms", _once(healthy_views), _deterministic),
     Case("validation in inference mode", _once(healthy_views), _after_inference_mode),
     Case("inference mode, then training", _once(healthy_views), _trained_in_inference_mode),
