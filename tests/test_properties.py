@@ -550,15 +550,15 @@ def test_seed_and_step_alone_determine_the_slices(shape, seed, objective, option
     options |= {"objective": objective, "slice_dim": 2 + seed % 3}
     step = options.pop("step")
     torch.manual_seed(seed)
-    before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
-    values = [information(pair, step=step + ahead, **options) for ahead in range(6)]
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()
+    values = [information(pair, step=step + ahead, **options) for ahead in range(4)]
     assert torch.equal(before[0], torch.get_rng_state())
-    assert before[1:] == (random.getstate(), str(np.random.get_state()))
+    assert before[1:] == (random.getstate(), np.random.get_state()[1].tobytes())
     torch.manual_seed(seed + 1)
-    assert [information(pair, step=torch.tensor(step + ahead), **options) for ahead in range(6)] == values
+    assert [information(pair, step=torch.tensor(step + ahead), **options) for ahead in range(4)] == values
     assert len(set(values)) > 1
     options["seed"] += 1
-    assert [information(pair, step=step + ahead, **options) for ahead in range(6)] != values
+    assert [information(pair, step=step + ahead, **options) for ahead in range(4)] != values
 
 
 @given(
