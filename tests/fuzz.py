@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import pytest
 import torch
 from hypothesis.database import DirectoryBasedExampleDatabase
 from rich.console import Console
@@ -67,7 +68,7 @@ def run_round(test: Any, index: int, size: int, database: Path) -> tuple[int, st
         test._hypothesis_internal_use_settings = settings
         test._hypothesis_internal_use_seed = index
         test()
-    except Exception:
+    except (Exception, pytest.fail.Exception):
         return passed, traceback.format_exc()
     finally:
         test.hypothesis.inner_test = inner

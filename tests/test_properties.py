@@ -179,7 +179,7 @@ def test_gradient_is_the_derivative(shape, seed, objective, options, log_det, nu
         for sign in (1, -1)
     )
     scale = sum(grad.norm() * d.norm() for grad, d in zip(grads, directions, strict=True)).item()
-    assert_close((ahead - behind) / (2 * step), slope, rel=1e-4, abs_=1e-5 * scale + 1e-8)
+    assert_close((ahead - behind) / (2 * step), slope, rel=1e-4, abs_=1e-5 * scale + 1e-7)
 
 
 @given(shape=sizes, seed=seeds, objective=objectives, options=slice_options, log_det=log_dets, snr=snrs)
@@ -189,7 +189,8 @@ def test_single_precision_errs_no_more_than_plain_torch(shape, seed, objective, 
     exact_value, exact_grads = backward([z.double() for z in pair], impl="reference", **options)
     value, grads = backward(pair, impl="eager", **options)
     plain_value, plain_grads = backward(pair, impl="reference", **options)
-    size = 1 + abs(exact_value.item())
+    # The value is what is left of log-determinants of this size.
+    size = 1 + abs(exact_value.item()) + 0.1 * shape[1] * math.log1p(snr)
     assert abs(value - exact_value) <= 4 * abs(plain_value - exact_value) + 1e-5 * size
     for grad, plain, other in zip(grads, plain_grads, exact_grads, strict=True):
         error, plain_error = (grad - other).norm(), (plain - other).norm()
@@ -436,7 +437,7 @@ def test_dtypes_and_autocast(shape, seed, objective, options, dtypes, autocast):
     rank=st.integers(1, 5),
     kind=st.sampled_from(["low rank", "constant", "dead features", "duplicated samples", "identical views"]),
     dtype=floating_dtypes,
-    level=st.floats(-1e4, 1e4, width=16),
+    level=st.floats(-1e4, 1e4).map(lambda level: level * math.pi),  # so that the mean is rounded
     ridge=st.sampled_from([None, 1e-12]),
 )
 def test_degenerate_embeddings_are_finite(shape, seed, objective, options, rank, kind, dtype, level, ridge):
@@ -480,6 +481,8 @@ def test_degenerate_embeddings_are_finite(shape, seed, objective, options, rank,
 )
 def test_non_finite_input_is_seen_everywhere(shape, seed, objective, options, log_det, dtype, value, num_views):
     """One element of one view, in a feature that a slice takes or not: NaN loss, NaN in the gradient of every view."""
+    if options["slice_dim"] is not None:  # few features, so that most are not taken
+        options["slice_dim"] = 1 + options["slice_dim"] % ((shape[1] + 1) // 2)
     views = [z.to(dtype) for z in draw_views(shape, seed, num_views=num_views)]
     views[seed % num_views][seed % shape[0], seed % shape[1]] = value
     loss, grads = backward(views, objective=objective, **options, **log_det)
@@ -536,27 +539,29 @@ def test_errors_name_the_argument(shape, seed, fault, options, objective):
 @given(option=bad_options)
 def test_errors_name_the_option(option):
     name, value = option
+    assume(value not in functional._CHOICES.get(name, ()))
     with pytest.raises((TypeError, ValueError)) as raised:
         MMILoss(**{name: value})
     assert name in str(raised.value)
     assert str(value) in str(raised.value) or repr(value) in str(raised.value)
 
 
-@given(shape=st.tuples(st.integers(2, 24), st.integers(8, 32)), seed=seeds, objective=objectives, options=slice_options)
+# Not of two samples: their correlations are 1 or -1 on every slice.
+@given(shape=st.tuples(st.integers(8, 24), st.integers(8, 32)), seed=seeds, objective=objectives, options=slice_options)
 def test_seed_and_step_alone_determine_the_slices(shape, seed, objective, options):
     pair = draw_views(shape, seed)
     options |= {"objective": objective, "slice_dim": 2 + seed % 3}
     step = options.pop("step")
     torch.manual_seed(seed)
-    before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
-    values = [information(pair, step=step + ahead, **options) for ahead in range(6)]
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()
+    values = [information(pair, step=step + ahead, **options) for ahead in range(4)]
     assert torch.equal(before[0], torch.get_rng_state())
-    assert before[1:] == (random.getstate(), str(np.random.get_state()))
+    assert before[1:] == (random.getstate(), np.random.get_state()[1].tobytes())
     torch.manual_seed(seed + 1)
-    assert [information(pair, step=torch.tensor(step + ahead), **options) for ahead in range(6)] == values
+    assert [information(pair, step=torch.tensor(step + ahead), **options) for ahead in range(4)] == values
     assert len(set(values)) > 1
     options["seed"] += 1
-    assert [information(pair, step=step + ahead, **options) for ahead in range(6)] != values
+    assert [information(pair, step=step + ahead, **options) for ahead in range(4)] != values
 
 
 @given(

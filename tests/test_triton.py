@@ -322,6 +322,22 @@ def test_collapsed_embeddings_are_finite(family, value):
     assert all(grad.isfinite().all() for grad in grads)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dead_feature_is_ignored(family):
+    shape, options = FAMILIES[family]
+    if (options.get("slice_dim", 128) or shape[1]) < shape[1]:
+        pytest.skip("a projection of the features has no constant among them")
+    pair = on_device(views(*shape))
+    for z in pair:
+        z[:, 1] = 7.1
+    loss, *grads = value_and_gradients(pair, "triton", **options)
+    expected, *expected_grads = value_and_gradients(pair, "eager", **options)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    for grad, other in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-3, atol=1e-4)
+        assert not grad[:, 1].any()
+
+
 @pytest.mark.parametrize("k", [3, 16, 40, 128])
 def test_factorisation(k):
     """Log det, inverse and gradient of well and ill conditioned matrices, and NaN for an indefinite one."""

@@ -171,6 +171,10 @@ def test_command(tmp_path, capsys):
     lines = (tmp_path / "gauntlet.csv").read_text().splitlines(keepends=True)
     (tmp_path / "gauntlet.csv").write_text("".join(lines[:-1]))
     gauntlet.main(arguments)
+    (tmp_path / "gauntlet.md").unlink()
+    gauntlet.main(["--out", str(tmp_path), "--report"])
+    table = [line for line in page.splitlines() if line.startswith("|")]
+    assert [line for line in (tmp_path / "gauntlet.md").read_text().splitlines() if line.startswith("|")] == table
     resumed = environment.read(tmp_path / "gauntlet.csv")
     assert [row["case"] for row in resumed] == [row["case"] for row in rows]
 

@@ -90,11 +90,14 @@ def _factor_kernel(
         matrix += tl.load(moment_ptr + row * k + column, mask=is_inside, other=0.0)
         variance_row += tl.load(total_ptr + row * (k + 1), mask=row < k, other=0.0)
         variance_column += tl.load(total_ptr + column * (k + 1), mask=column < k, other=0.0)
-    # What rounding alone gives a constant feature: (16 eps mean)^2 + tiny^(3/4).
+    # What rounding alone gives a constant feature: (16 eps mean)^2 + tiny^(3/4). Where that is all there is, the
+    # variance is infinite: see covariance.add_variance_floor.
     floor_row = 1.9073486328125e-06 * tl.load(mean_ptr + (slices + s) * k + row, mask=row < k, other=1.0)
     floor_column = 1.9073486328125e-06 * tl.load(mean_ptr + (slices + s) * k + column, mask=column < k, other=1.0)
-    variance_row += floor_row * floor_row + 3.5699769e-29
-    variance_column += floor_column * floor_column + 3.5699769e-29
+    floor_row = floor_row * floor_row + 3.5699769e-29
+    floor_column = floor_column * floor_column + 3.5699769e-29
+    variance_row = tl.where(variance_row <= floor_row, float("inf"), variance_row + floor_row)
+    variance_column = tl.where(variance_column <= floor_column, float("inf"), variance_column + floor_column)
     inverse_row, inverse_column = tl.rsqrt(variance_row), tl.rsqrt(variance_column)
     swept = matrix * (inverse_row * (inverse_column / ridge)) + tl.where(row == column, 1.0, 0.0)
     # Set aside: a second matrix of weights would not fit beside the first in registers.

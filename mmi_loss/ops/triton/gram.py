@@ -58,9 +58,11 @@ def _statistics_kernel(
             )
             x = tl.where(is_inside, x - mean[None, :], 0.0)
             squares += tl.sum(x * x, 0)
-    floor = 1.9073486328125e-06 * mean
+    variance, floor = squares / count, 1.9073486328125e-06 * mean
+    floor = floor * floor + 3.5699769e-29
+    variance = tl.where(variance <= floor, float("inf"), variance + floor)
     tl.store(mean_ptr + column, mean, mask=is_column)
-    tl.store(inverse_std_ptr + column, tl.rsqrt(squares / count + floor * floor + 3.5699769e-29), mask=is_column)
+    tl.store(inverse_std_ptr + column, tl.rsqrt(variance), mask=is_column)
 
 
 @triton.jit
