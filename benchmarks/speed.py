@@ -45,6 +45,7 @@ MATRIX_ROWS: dict[str, Callable[[int, int], int]] = {
     "corinfomax": lambda n, d: d,
     "mmi_naive": lambda n, d: d,
     "frossl": lambda n, d: min(n, d),
+    "mmcr": lambda n, d: math.isqrt(n) * d,  # its svd makes a D x D matrix of every sample
     "mmi_all": lambda n, d: min(2 * n, d),
     "mmi_all_exchangeable": lambda n, d: min(2 * n, d),
     "mmi_all_joint": lambda n, d: min(n, 2 * d),
