@@ -191,7 +191,9 @@ def test_single_precision_errs_no_more_than_plain_torch(shape, seed, objective, 
     plain_value, plain_grads = backward(pair, impl="reference", **options)
     # The value is what is left of log-determinants of this size.
     size = 1 + abs(exact_value.item()) + 0.1 * shape[1] * math.log1p(snr)
-    assert abs(value - exact_value) <= 4 * abs(plain_value - exact_value) + 1e-5 * size
+    # A determinant loses as many digits as its matrix's condition number has.
+    rounding = 4 * torch.finfo(torch.float32).eps * (1 + 2 * snr)
+    assert abs(value - exact_value) <= 4 * abs(plain_value - exact_value) + 1e-5 * size + rounding
     for grad, plain, other in zip(grads, plain_grads, exact_grads, strict=True):
         error, plain_error = (grad - other).norm(), (plain - other).norm()
         assert error <= 4 * plain_error + 1e-4 * other.norm() + gradient_rounding(pair, snr)
