@@ -1,22 +1,28 @@
 """What every choice in the loss is worth: one thing exchanged at a time, under one budget.
 
 Backbone, projector, views and optimiser are those of ``compare``, the learning rate is the one it found for the default
-loss, the runs are shorter. Finished runs are kept: the same command goes on where it stopped. Ends with a table per study and
-pictures; ``--report`` draws them from finished runs alone. ``--only series-values`` measures the series itself: its
-information beside the exact one's, and its time beside a Cholesky factorisation's.
+loss, the runs are shorter. Finished runs are kept: the same command goes on where it stopped. Ends with a table per
+study and pictures; ``--report`` draws them from finished runs alone. ``--only series-values`` measures the series
+itself: its information beside the exact one's, and its time beside a Cholesky factorisation's.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
 import sys
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.table import Table
+from scipy import stats
 
-from benchmarks import compare, environment, grid, report
+from benchmarks import compare, environment, grid, plots, report, series
 from benchmarks.grid import Cell
 from mmi_loss.functional import Options
 
@@ -103,14 +109,13 @@ STUDIES = {
     "snr x slice_dim": [_mmi(snr=snr, slice_dim=k) for snr in (16.0, 64.0, 256.0) for k in (32, 128, None)],
 }
 """Each contains the default; what several studies need is run once. In the order of what matters."""
+SERIES = "series-values"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command's options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks ablate", description=__doc__)
-    parser.add_argument(
-        "--only", nargs="+", choices=(*STUDIES, "series-values"), metavar="STUDY", help="studies to run"
-    )
+    parser.add_argument("--only", nargs="+", choices=(*STUDIES, SERIES), metavar="STUDY", help="studies to run")
     parser.add_argument("--tasks", nargs="+", choices=compare.TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps at N = 256")
@@ -124,40 +129,176 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """Run what is missing, then show the tables and draw the pictures."""
     options, console = parse(arguments), Console()
-    results = options.out / "ablate.csv"
+    rates = best_rates(options)
+    studies = [name for name in options.only or STUDIES if name in STUDIES]
     if not options.report:
         try:
-            grid.run(cells(options), results, options.out / "cache", options.workers, console)
+            grid.run(
+                cells(studies, options, rates),
+                options.out / "ablate.csv",
+                options.out / "cache",
+                options.workers,
+                console,
+            )
+            if SERIES in (options.only or [SERIES]):
+                series.measure(options.tasks, options.steps, rates, options.out, console)
         except KeyboardInterrupt:
             console.print("\ninterrupted; the same command goes on from the last finished run")
             sys.exit(130)
+    results = Results(environment.read(options.out / "ablate.csv"), options, rates)
+    for name in studies:
+        console.print(results.table(name))
+    if any(results.scores.values()):
+        console.print(f"pictures: {plots.effects(results.panels(studies), options.out / 'ablate.png')}")
+        console.print(f"          {plots.heat_maps(results.maps(), options.out / 'ablate-maps.png')}")
+    rows, times = (environment.read(options.out / f"{name}.csv") for name in ("series", "series-times"))
+    if rows and SERIES in (options.only or [SERIES]):
+        for table in series.tables(rows, times):
+            console.print(table)
+        console.print(f"{len(series.violations(rows))} of {sum(r['bound'] == 'True' for r in rows)} bounds violated")
+        console.print(f"picture: {plots.series_gaps(rows, times, options.out / 'ablate-series.png')}")
 
 
-def cells(options: argparse.Namespace) -> list[Cell]:
+def best_rates(options: argparse.Namespace) -> dict[str, float]:
+    """The learning rate of each task: the one ``compare`` found for the default loss."""
+    found = report.best_rates(environment.read(RATES))
+    return {task: options.rate or found[task, "mmi"] for task in options.tasks}
+
+
+def cells(studies: Sequence[str], options: argparse.Namespace, rates: dict[str, float]) -> list[Cell]:
     """All runs: seeds outermost, so that an early stop leaves every choice measured equally often; then the studies."""
-    rates = report.best_rates(environment.read(RATES))
-    settings = {setting.title: setting for name in options.only or STUDIES for setting in STUDIES[name]}
-    untrained = [Cell(task, grid.UNTRAINED, DIM, BATCH_SIZE, 0, 0.0, 0, 1) for task in options.tasks]
+    settings = {setting.title: setting for name in studies for setting in STUDIES[name]}
+    untrained = [Cell(task, grid.UNTRAINED, DIM, BATCH_SIZE, 0, 0.0, 0, 1) for task in options.tasks if studies]
     return untrained + [
-        cell(setting, task, seed, options, rates)
+        cell(setting, task, seed, options.steps, rates[task])
         for seed in range(options.seeds)
         for setting in settings.values()
         for task in options.tasks
     ]
 
 
-def cell(
-    setting: Setting, task: str, seed: int, options: argparse.Namespace, rates: dict[tuple[str, str], float]
-) -> Cell:
+def cell(setting: Setting, task: str, seed: int, steps: int, rate: float) -> Cell:
     """The run of a setting."""
+    budget = compare.steps(task, setting.batch_size, steps)
     return Cell(
         task,
         setting.method,
         setting.dim,
         setting.batch_size,
         seed,
-        options.rate or rates[task, "mmi"],
-        compare.steps(task, setting.batch_size, options.steps),
+        rate,
+        budget,
         evaluations=1,
         options=setting.options,
     )
+
+
+class Effect(NamedTuple):
+    """Mean difference to the default over the seeds both have, and half of its 95 % interval."""
+
+    mean: float
+    half: float
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} ± {self.half:.3f}"
+
+    @property
+    def style(self) -> str:
+        """Of the table's cell."""
+        return "" if not abs(self.mean) > self.half else "green" if self.mean > 0 else "red"
+
+
+class Results:
+    """Finished runs by setting, task and seed. The score is the mean of kNN and linear accuracy.
+
+    Differences are paired: the same seed starts from the same network and sees the same batches. Two or three of them
+    tell little about their own spread; so it is pooled over all settings of a task, weighted by degrees of freedom.
+    """
+
+    def __init__(self, rows: list[dict[str, str]], options: argparse.Namespace, rates: dict[str, float]) -> None:
+        self.tasks: list[str] = options.tasks
+        by_key = {row["cell"]: row for row in rows}
+        self.accuracies: dict[tuple[str, str], dict[int, tuple[float, float]]] = defaultdict(dict)
+        self.scores: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+        settings = {setting.title: setting for settings in STUDIES.values() for setting in settings}
+        for title, setting in settings.items():
+            for task in self.tasks:
+                for seed in range(options.seeds):
+                    row = by_key.get(cell(setting, task, seed, options.steps, rates[task]).key)
+                    if row:
+                        accuracies = float(row["knn"]), float(row["linear"])
+                        # A run that diverged knows nothing.
+                        accuracies = tuple(0.0 if math.isnan(value) else value for value in accuracies)
+                        self.accuracies[title, task][seed] = accuracies
+                        self.scores[title, task][seed] = statistics.fmean(accuracies)
+        self.spread = {task: self._pooled_spread(list(settings), task) for task in self.tasks}
+        self.untrained = {
+            row["task"]: (float(row["knn"]) + float(row["linear"])) / 2
+            for row in rows
+            if row["method"] == grid.UNTRAINED
+        }
+
+    def differences(self, title: str, task: str) -> list[float]:
+        """By seed, to the default."""
+        ours, default = self.scores[title, task], self.scores[DEFAULT.title, task]
+        return [ours[seed] - default[seed] for seed in sorted(ours.keys() & default.keys())]
+
+    def _pooled_spread(self, titles: Sequence[str], task: str) -> tuple[float, int]:
+        """Standard deviation of a paired difference, and its degrees of freedom."""
+        samples = [self.differences(title, task) for title in titles if title != DEFAULT.title]
+        samples = [sample for sample in samples if len(sample) > 1]
+        freedom = sum(len(sample) - 1 for sample in samples)
+        squares = sum(statistics.variance(sample) * (len(sample) - 1) for sample in samples)
+        return (math.sqrt(squares / freedom) if freedom else math.nan), freedom
+
+    def effect(self, title: str, task: str) -> Effect | None:
+        """The difference to the default; None where there is none."""
+        found = self.differences(title, task)
+        if not found or title == DEFAULT.title:
+            return None
+        deviation, freedom = self.spread[task]
+        half = float(stats.t.ppf(0.975, freedom)) * deviation / len(found) ** 0.5 if freedom else math.nan
+        return Effect(statistics.fmean(found), half, len(found))
+
+    def table(self, study: str) -> Table:
+        """Accuracies, mean and standard deviation over seeds, and the difference to the default's score."""
+        table = Table(title=study, title_justify="left")
+        table.add_column("setting", overflow="fold")
+        for task in self.tasks:
+            for name in ("kNN / linear", "to default"):
+                table.add_column(f"{task}\n{name}", justify="right")
+        for setting in STUDIES[study]:
+            line = [setting.title]
+            for task in self.tasks:
+                accuracies = self.accuracies[setting.title, task].values()
+                line.append("\n".join(report.spread(values) for values in zip(*accuracies, strict=True)))
+                effect = self.effect(setting.title, task)
+                line.append(f"[{effect.style}]{effect}[/]" if effect and effect.style else str(effect or ""))
+            table.add_row(*line)
+        return table
+
+    def panels(self, studies: Sequence[str]) -> dict[str, plots.Panel]:
+        """Per study and setting, per task: the differences by seed and the half interval of their mean."""
+        return {
+            study: {
+                setting.title: {
+                    task: (self.differences(setting.title, task), effect.half if effect else 0.0)
+                    for task in self.tasks
+                    for effect in [self.effect(setting.title, task)]
+                }
+                for setting in STUDIES[study]
+            }
+            for study in studies
+        }
+
+    def maps(self) -> dict[str, plots.Map]:
+        """Mean scores over the noise floor and the slice, per task."""
+        found: dict[str, plots.Map] = {}
+        for task in self.tasks:
+            for setting in STUDIES["snr x slice_dim"]:
+                options = {**DEFAULTS, **setting.options}
+                scores = self.scores[setting.title, task].values()
+                place = f"{options['snr']:g}", str(options["slice_dim"] or f"all {DIM}")
+                found.setdefault(task, {})[place] = statistics.fmean(scores) if scores else math.nan
+        return found
