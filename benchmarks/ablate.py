@@ -86,7 +86,7 @@ STUDIES = {
         _estimator("plain", ridge=LOW_RIDGE),
         _estimator("rescaled", scale="unscaled", ridge=LOW_RIDGE),
     ],
-    "beta": [DEFAULT, *(_mmi(logdet="taylor", beta=beta) for beta in (0.5, 0.75, 1.0, 1.5))],
+    "beta": [DEFAULT, *(_mmi(logdet="taylor", beta=beta) for beta in (0.5, 0.75, 1.0, 1.5, 1.75))],
     "snr": [_mmi(snr=snr) for snr in (4.0, 16.0, 64.0, 256.0)],
     "slice_dim": [_mmi(slice_dim=k) for k in (32, 64, 128, 256, None)],
     "slice_kind": [_mmi(slice_kind=kind) for kind in ("kronecker", "gaussian", "coordinates")] + [_mmi(slice_dim=None)],
