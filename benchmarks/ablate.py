@@ -2,8 +2,9 @@
 
 Backbone, projector, views and optimiser are those of ``compare``, the learning rate is the one it found for the default
 loss, the runs are shorter. Finished runs are kept: the same command goes on where it stopped. Ends with a table per
-study and pictures; ``--report`` draws them from finished runs alone. ``--only series-values`` measures the series
-itself: its information beside the exact one's, and its time beside a Cholesky factorisation's.
+study and pictures; ``--report`` draws them from finished runs alone. The studies
+``series-values`` and ``series-times`` measure the series itself: its information beside the exact one's on embeddings,
+and its time beside a Cholesky factorisation's.
 """
 
 from __future__ import annotations
@@ -109,13 +110,13 @@ STUDIES = {
     "snr x slice_dim": [_mmi(snr=snr, slice_dim=k) for snr in (16.0, 64.0, 256.0) for k in (32, 128, None)],
 }
 """Each contains the default; what several studies need is run once. In the order of what matters."""
-SERIES = "series-values"
+SERIES = ("series-values", "series-times")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command's options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks ablate", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=(*STUDIES, SERIES), metavar="STUDY", help="studies to run")
+    parser.add_argument("--only", nargs="+", choices=(*STUDIES, *SERIES), metavar="STUDY", help="studies to run")
     parser.add_argument("--tasks", nargs="+", choices=compare.TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps at N = 256")
@@ -129,34 +130,32 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """Run what is missing, then show the tables and draw the pictures."""
     options, console = parse(arguments), Console()
-    rates = best_rates(options)
-    studies = [name for name in options.only or STUDIES if name in STUDIES]
+    rates, out = best_rates(options), options.out
+    wanted = options.only or [*STUDIES, *SERIES]
+    studies = [name for name in STUDIES if name in wanted]
+    paths = {name: out / f"{name}.csv" for name in SERIES}
     if not options.report:
         try:
-            grid.run(
-                cells(studies, options, rates),
-                options.out / "ablate.csv",
-                options.out / "cache",
-                options.workers,
-                console,
-            )
-            if SERIES in (options.only or [SERIES]):
-                series.measure(options.tasks, options.steps, rates, options.out, console)
+            grid.run(cells(studies, options, rates), out / "ablate.csv", out / "cache", options.workers, console)
+            if "series-values" in wanted:
+                series.measure_values(options.tasks, options.steps, rates, paths["series-values"], out / "cache")
+            if "series-times" in wanted:
+                series.measure_times(paths["series-times"])
         except KeyboardInterrupt:
             console.print("\ninterrupted; the same command goes on from the last finished run")
             sys.exit(130)
-    results = Results(environment.read(options.out / "ablate.csv"), options, rates)
+    results = Results(environment.read(out / "ablate.csv"), options, rates)
     for name in studies:
         console.print(results.table(name))
-    if any(results.scores.values()):
-        console.print(f"pictures: {plots.effects(results.panels(studies), options.out / 'ablate.png')}")
-        console.print(f"          {plots.heat_maps(results.maps(), options.out / 'ablate-maps.png')}")
-    rows, times = (environment.read(options.out / f"{name}.csv") for name in ("series", "series-times"))
-    if rows and SERIES in (options.only or [SERIES]):
+    if any(results.scores.values()) and studies:
+        console.print(f"picture: {plots.effects(results.panels(studies), out / 'ablate.png')}")
+        console.print(f"picture: {plots.heat_maps(results.maps(), out / 'ablate-maps.png')}")
+    rows, times = (environment.read(path) for path in paths.values())
+    if rows and set(SERIES) & set(wanted):
         for table in series.tables(rows, times):
             console.print(table)
         console.print(f"{len(series.violations(rows))} of {sum(r['bound'] == 'True' for r in rows)} bounds violated")
-        console.print(f"picture: {plots.series_gaps(rows, times, options.out / 'ablate-series.png')}")
+        console.print(f"picture: {plots.series_gaps(rows, times, out / 'ablate-series.png')}")
 
 
 def best_rates(options: argparse.Namespace) -> dict[str, float]:

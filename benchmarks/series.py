@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils.benchmark import Measurement, Timer
@@ -27,7 +27,7 @@ OBJECTIVES = ("content", "exchangeable", "joint")
 SLICE_DIMS = (32, 128, None)
 NUM_SLICES = 4
 SIZES = (128, 512)
-TURNS = 5
+TURNS = 3
 DIM, BATCH_SIZE = 512, 256
 
 
@@ -77,10 +77,10 @@ def values(z_a: Tensor, z_b: Tensor) -> Iterator[dict[str, Any]]:
                     yield {**row, "order": order, "beta": beta, "nats": nats, "bound": bounded}
 
 
-def times(n: int, turns: int = TURNS, seconds: float = 0.3) -> Iterator[dict[str, Any]]:
-    """Time of two log-determinants of n x n matrices with their gradients, by factorisation (order 0) and series.
+def times(n: int, turns: int = TURNS, seconds: float = 0.2) -> Iterator[dict[str, Any]]:
+    """CPU time of two log-determinants of n x n matrices with gradients, by factorisation (order 0) and series.
 
-    The methods take turns, so that all meet the same disturbances.
+    The methods take turns, so that all meet the same disturbances; time in which other processes ran does not count.
     """
     x = torch.randn(2, 4 * n, n, generator=torch.Generator().manual_seed(0))
     matrices = signal_to_noise(x.mT @ x / (4 * n), x.mean(1), n / 64)
@@ -88,7 +88,8 @@ def times(n: int, turns: int = TURNS, seconds: float = 0.3) -> Iterator[dict[str
     measured: dict[int, list[Measurement]] = {order: [] for order in methods}
     for _ in range(turns):
         for order, method in methods.items():
-            timer = Timer("run(method, matrices)", globals={"run": _run, "method": method, "matrices": matrices})
+            names = {"run": _run, "method": method, "matrices": matrices}
+            timer = Timer("run(method, matrices)", globals=names, timer=time.process_time)
             measured[order].append(timer.blocked_autorange(min_run_time=seconds))
     merged = {order: Measurement.merge(several)[0] for order, several in measured.items()}
     for order, timing in merged.items():
@@ -107,27 +108,29 @@ def _run(method: LogDet, matrices: Tensor) -> None:
     method.gradients((-1.0, 1.0), *state)
 
 
-def measure(tasks: list[str], steps: int, rates: dict[str, float], folder: Path, console: Console) -> None:
-    """Write ``series.csv`` and ``series-times.csv`` afresh."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def measure_values(tasks: list[str], steps: int, rates: dict[str, float], path: Path, cache: Path) -> None:
+    """Write the information in embeddings of the first batch, before anything is learnt, and of the last."""
+    path.unlink(missing_ok=True)
     where = environment.columns()
-    for path in (folder / "series.csv", folder / "series-times.csv"):
-        path.unlink(missing_ok=True)
     for task in tasks:
-        for of_steps in (1, steps):  # the first batch is embedded before anything is learnt
-            z_a, z_b = embeddings(task, of_steps, rates[task], folder / "cache")
+        for of_steps in (1, steps):
+            z_a, z_b = embeddings(task, of_steps, rates[task], cache)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="objective=")
                 for row in values(z_a, z_b):
                     row |= {"exact": round(row["exact"], 6), "nats": round(row["nats"], 6)}
-                    environment.append(
-                        folder / "series.csv", {"task": task, "embedding": f"step {of_steps}", **row, **where}
-                    )
-            console.print(f"series: {task}, step {of_steps}")
+                    environment.append(path, {"task": task, "embedding": f"step {of_steps}", **row, **where})
+
+
+def measure_times(path: Path) -> None:
+    """Write the times, of one thread."""
+    path.unlink(missing_ok=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    where = environment.columns()
     for n in SIZES:
         for row in times(n):
-            environment.append(folder / "series-times.csv", {**row, **where})
+            environment.append(path, {**row, **where})
     torch.set_num_threads(threads)
 
 
@@ -155,7 +158,7 @@ def tables(rows: list[Row], time_rows: list[Row]) -> Iterator[Table]:
                 nats = [f"{float(row['nats']):.2f}" for row in line]
                 table.add_row(objective, features, f"{float(line[0]['exact']):.2f}", *nats)
         yield table
-    table = Table(title="two log-determinants with gradients: time of the series over that of Cholesky")
+    table = Table(title="two log-determinants with gradients, one thread: CPU time of the series over that of Cholesky")
     for name in ("n", "Cholesky, ms", *(f"order {order}" for order in ORDERS), "noisy"):
         table.add_column(name, justify="right")
     for n in dict.fromkeys(row["n"] for row in time_rows):

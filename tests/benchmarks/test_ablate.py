@@ -156,7 +156,7 @@ def finished(tmp_path):
     ):
         row = {"task": "latent", **dict(zip(names, place, strict=True)), "exact": 2.0}
         row |= {"nats": 0.3 * row["order"], "bound": row["order"] < 6}
-        environment.append(tmp_path / "series.csv", row)
+        environment.append(tmp_path / "series-values.csv", row)
     for order in (0, *series.ORDERS):
         row = {"n": 8, "order": order, "median_ms": 1.0 + order, "ratio": 1.0 + order, "noisy": order == 3}
         environment.append(tmp_path / "series-times.csv", row)
