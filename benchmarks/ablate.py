@@ -133,7 +133,7 @@ def main(arguments: list[str]) -> None:
     rates, out = best_rates(options), options.out
     wanted = options.only or [*STUDIES, *SERIES]
     studies = [name for name in STUDIES if name in wanted]
-    paths = {name: out / f"{name}.csv" for name in SERIES}
+    paths = {"series-values": out / "series.csv", "series-times": out / "series-times.csv"}
     if not options.report:
         try:
             grid.run(cells(studies, options, rates), out / "ablate.csv", out / "cache", options.workers, console)
@@ -167,8 +167,7 @@ def best_rates(options: argparse.Namespace) -> dict[str, float]:
 def cells(studies: Sequence[str], options: argparse.Namespace, rates: dict[str, float]) -> list[Cell]:
     """All runs: seeds outermost, so that an early stop leaves every choice measured equally often; then the studies."""
     settings = {setting.title: setting for name in studies for setting in STUDIES[name]}
-    untrained = [Cell(task, grid.UNTRAINED, DIM, BATCH_SIZE, 0, 0.0, 0, 1) for task in options.tasks if studies]
-    return untrained + [
+    return [_untrained(task) for task in options.tasks if studies] + [
         cell(setting, task, seed, options.steps, rates[task])
         for seed in range(options.seeds)
         for setting in settings.values()
@@ -192,6 +191,15 @@ def cell(setting: Setting, task: str, seed: int, steps: int, rate: float) -> Cel
     )
 
 
+def _untrained(task: str) -> Cell:
+    return Cell(task, grid.UNTRAINED, DIM, BATCH_SIZE, seed=0, learning_rate=0.0, steps=0, evaluations=1)
+
+
+def _titles(study: str) -> list[str]:
+    """The lines of a study's table; with the untrained network where some settings do no better."""
+    return [setting.title for setting in STUDIES[study]] + [grid.UNTRAINED] * (study in ("objective", "rescaling"))
+
+
 class Effect(NamedTuple):
     """Mean difference to the default over the seeds both have, and half of its 95 % interval."""
 
@@ -200,7 +208,7 @@ class Effect(NamedTuple):
     seeds: int
 
     def __str__(self) -> str:
-        return f"{self.mean:+.3f} ± {self.half:.3f}"
+        return f"{self.mean:+.3f}" + (f" ± {self.half:.3f}" if not math.isnan(self.half) else "")
 
     @property
     def style(self) -> str:
@@ -218,25 +226,23 @@ class Results:
     def __init__(self, rows: list[dict[str, str]], options: argparse.Namespace, rates: dict[str, float]) -> None:
         self.tasks: list[str] = options.tasks
         by_key = {row["cell"]: row for row in rows}
+        # By setting and task: kNN and linear accuracy by seed.
         self.accuracies: dict[tuple[str, str], dict[int, tuple[float, float]]] = defaultdict(dict)
         self.scores: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
         settings = {setting.title: setting for settings in STUDIES.values() for setting in settings}
-        for title, setting in settings.items():
-            for task in self.tasks:
+        for task in self.tasks:
+            wanted = [(grid.UNTRAINED, 0, _untrained(task))]
+            for title, setting in settings.items():
                 for seed in range(options.seeds):
-                    row = by_key.get(cell(setting, task, seed, options.steps, rates[task]).key)
-                    if row:
-                        accuracies = float(row["knn"]), float(row["linear"])
-                        # A run that diverged knows nothing.
-                        accuracies = tuple(0.0 if math.isnan(value) else value for value in accuracies)
-                        self.accuracies[title, task][seed] = accuracies
-                        self.scores[title, task][seed] = statistics.fmean(accuracies)
+                    wanted.append((title, seed, cell(setting, task, seed, options.steps, rates[task])))
+            for title, seed, run in wanted:
+                if run.key in by_key:
+                    row = by_key[run.key]
+                    # A run that diverged knows nothing.
+                    knn, linear = (0.0 if math.isnan(v) else v for v in (float(row["knn"]), float(row["linear"])))
+                    self.accuracies[title, task][seed] = knn, linear
+                    self.scores[title, task][seed] = (knn + linear) / 2
         self.spread = {task: self._pooled_spread(list(settings), task) for task in self.tasks}
-        self.untrained = {
-            row["task"]: (float(row["knn"]) + float(row["linear"])) / 2
-            for row in rows
-            if row["method"] == grid.UNTRAINED
-        }
 
     def differences(self, title: str, task: str) -> list[float]:
         """By seed, to the default."""
@@ -267,12 +273,12 @@ class Results:
         for task in self.tasks:
             for name in ("kNN / linear", "to default"):
                 table.add_column(f"{task}\n{name}", justify="right")
-        for setting in STUDIES[study]:
-            line = [setting.title]
+        for title in _titles(study):
+            line = [title]
             for task in self.tasks:
-                accuracies = self.accuracies[setting.title, task].values()
+                accuracies = self.accuracies[title, task].values()
                 line.append("\n".join(report.spread(values) for values in zip(*accuracies, strict=True)))
-                effect = self.effect(setting.title, task)
+                effect = self.effect(title, task)
                 line.append(f"[{effect.style}]{effect}[/]" if effect and effect.style else str(effect or ""))
             table.add_row(*line)
         return table
@@ -281,12 +287,12 @@ class Results:
         """Per study and setting, per task: the differences by seed and the half interval of their mean."""
         return {
             study: {
-                setting.title: {
-                    task: (self.differences(setting.title, task), effect.half if effect else 0.0)
+                title: {
+                    task: (self.differences(title, task), effect.half if effect else 0.0)
                     for task in self.tasks
-                    for effect in [self.effect(setting.title, task)]
+                    for effect in [self.effect(title, task)]
                 }
-                for setting in STUDIES[study]
+                for title in _titles(study)
             }
             for study in studies
         }

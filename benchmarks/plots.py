@@ -378,6 +378,8 @@ def heat_maps(maps: dict[str, Map], path: Path) -> Path:
         values = np.array([[scores[line, column] for column in columns] for line in lines])
         picture = axis.imshow(values, cmap="viridis", aspect="auto")
         for (i, j), value in np.ndenumerate(values):
+            if np.isnan(value):
+                continue
             # The lighter half of the colours needs dark print.
             dark = value > (np.nanmin(values) + np.nanmax(values)) / 2
             axis.text(j, i, f"{value:.3f}", ha="center", va="center", color="black" if dark else "white")
