@@ -108,13 +108,13 @@ def _run(method: LogDet, matrices: Tensor) -> None:
     method.gradients((-1.0, 1.0), *state)
 
 
-def measure_values(tasks: list[str], steps: int, rates: dict[str, float], path: Path, cache: Path) -> None:
+def measure_values(tasks: list[str], steps: int, rate: float, path: Path, cache: Path) -> None:
     """Write the information in embeddings of the first batch, before anything is learnt, and of the last."""
     path.unlink(missing_ok=True)
     where = environment.columns()
     for task in tasks:
         for of_steps in (1, steps):
-            z_a, z_b = embeddings(task, of_steps, rates[task], cache)
+            z_a, z_b = embeddings(task, of_steps, rate, cache)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="objective=")
                 for row in values(z_a, z_b):

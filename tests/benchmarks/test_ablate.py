@@ -113,8 +113,8 @@ def test_momentum_averages_the_past_as_a_constant():
 
 
 def test_cells_are_unique_and_every_setting_makes_a_loss():
-    options = ablate.parse(["--rate", "1e-3"])
-    cells = ablate.cells(list(ablate.STUDIES), options, ablate.best_rates(options))
+    options = ablate.parse([])
+    cells = ablate.cells(list(ablate.STUDIES), options)
     assert len({cell.key for cell in cells}) == len(cells)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
     assert all(ablate.DEFAULT.title in [s.title for s in study] for study in ablate.STUDIES.values())
@@ -145,7 +145,7 @@ def finished(tmp_path):
     """Results of some studies on two seeds of one task: the default .6 and .7, any other by 0.05 and 0.07 better."""
     arguments = ["--tasks", "latent", "--seeds", "2", "--rate", "1e-3", "--out", str(tmp_path), "--only", *REPORTED]
     options = ablate.parse([*arguments, *ablate.SERIES])
-    for cell in ablate.cells(REPORTED, options, ablate.best_rates(options)):
+    for cell in ablate.cells(REPORTED, options):
         accuracy = 0.6 + 0.1 * cell.seed
         if (cell.method, cell.projector_dim, cell.batch_size) != ("mmi", ablate.DIM, ablate.BATCH_SIZE):
             accuracy += 0.05 + 0.02 * cell.seed
@@ -173,7 +173,7 @@ def test_report(finished, capsys, monkeypatch):
     assert f"0 of {2 * 3 * 3 * 5 * len(series.BETAS)} bounds violated" in shown
     for name in ("ablate", "ablate-maps", "ablate-series"):
         assert (options.out / f"{name}.png").stat().st_size > 5000
-    results = ablate.Results(environment.read(options.out / "ablate.csv"), options, ablate.best_rates(options))
+    results = ablate.Results(environment.read(options.out / "ablate.csv"), options)
     effect = results.effect("snr=4.0", "latent")
     others = len({s.title for name in REPORTED for s in ablate.STUDIES[name]}) - 1
     half = stats.t.ppf(0.975, others) * statistics.stdev([0.05, 0.07]) / 2**0.5
