@@ -70,6 +70,8 @@ def _estimator(name: str, **options: Any) -> Setting:
 DEFAULT = Setting()
 LOW_RIDGE = 0.01
 """In place of the noise floor where shrinkage or nothing at all takes its part."""
+MAP = "snr x slice_dim"
+"""The study that is drawn as a map."""
 STUDIES = {
     "objective": [
         *(_mmi(objective=objective) for objective in ("content", "exchangeable", "joint")),
@@ -108,7 +110,7 @@ STUDIES = {
         _estimator("running", momentum=0.9, objective="joint"),
     ],
     "num_slices": [DEFAULT, _mmi(num_slices=4), _mmi(slice_dim=32), _mmi(slice_dim=32, num_slices=4)],
-    "snr x slice_dim": [_mmi(snr=snr, slice_dim=k) for snr in (16.0, 64.0, 256.0) for k in (32, 128, None)],
+    MAP: [_mmi(snr=snr, slice_dim=k) for snr in (16.0, 64.0, 256.0) for k in (32, 128, None)],
 }
 """Each contains the default; what several studies need is run once. In the order of what matters."""
 SERIES = ("series-values", "series-times")
@@ -148,8 +150,10 @@ def main(arguments: list[str]) -> None:
     results = Results(environment.read(out / "ablate.csv"), options)
     for name in studies:
         console.print(results.table(name))
-    if any(results.scores.values()) and studies:
-        console.print(f"picture: {plots.effects(results.panels(studies), out / 'ablate.png')}")
+    panels = results.panels(studies)
+    if panels and any(results.scores.values()):
+        console.print(f"picture: {plots.effects(panels, out / 'ablate.png')}")
+    if MAP in studies:
         console.print(f"picture: {plots.heat_maps(results.maps(), out / 'ablate-maps.png')}")
     rows, times = (environment.read(path) for path in paths.values())
     if rows and set(SERIES) & set(wanted):
@@ -290,13 +294,14 @@ class Results:
                 for title in _titles(study)
             }
             for study in studies
+            if study != MAP
         }
 
     def maps(self) -> dict[str, plots.Map]:
         """Mean scores over the noise floor and the slice, per task."""
         found: dict[str, plots.Map] = {}
         for task in self.tasks:
-            for setting in STUDIES["snr x slice_dim"]:
+            for setting in STUDIES[MAP]:
                 options = {**DEFAULTS, **setting.options}
                 scores = self.scores[setting.title, task].values()
                 place = f"{options['snr']:g}", str(options["slice_dim"] or f"all {DIM}")

@@ -381,7 +381,7 @@ def heat_maps(maps: dict[str, Map], path: Path) -> Path:
             if np.isnan(value):
                 continue
             # The lighter half of the colours needs dark print.
-            dark = value > (np.nanmin(values) + np.nanmax(values)) / 2
+            dark = 2 * value > np.nanmin(values) + np.nanmax(values)
             axis.text(j, i, f"{value:.3f}", ha="center", va="center", color="black" if dark else "white")
         axis.set_xticks(range(len(columns)), labels=columns)
         axis.set_yticks(range(len(lines)), labels=lines)
