@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "demo": "MMI beside Barlow Twins and VICReg on real images, in minutes",
     "compare": "methods x widths x batch sizes x seeds on three embedded tasks, in hours",
+    "ablate": "what every choice in the loss is worth, one exchanged at a time, in an hour",
     "speed": "time and memory against every rival, to the floor",
     "step": "the loss's share of a training step: backbone, projector, loss, optimiser",
     "gauntlet": "half precision, dead features, NaN, resumes: ours and its rivals against their own definitions",

@@ -31,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from benchmarks import data, environment, training
+from benchmarks.estimators import ESTIMATORS
 from benchmarks.methods import METHODS
 from mmi_loss import MMILoss
 
@@ -44,7 +45,8 @@ class Cell:
     """One run: a task, a method, and all that decides its outcome.
 
     ``method`` is a name of :data:`benchmarks.methods.METHODS`, ``"untrained"`` or ``"supervised"``; with ``options``,
-    any label of ``MMILoss(**options)``. ``learning_rate`` is AdamW's.
+    any label of ``MMILoss(**options)``, or of the one of :data:`benchmarks.estimators.ESTIMATORS` that the option
+    ``estimator`` names. ``learning_rate`` is AdamW's.
     """
 
     task: str
@@ -65,6 +67,10 @@ class Cell:
 
     def criterion(self) -> Callable[[bool], nn.Module] | None:
         """What makes the criterion; None trains with labels."""
+        if "estimator" in self.options:
+            options = dict(self.options)
+            estimator = ESTIMATORS[options.pop("estimator")]
+            return lambda gather: estimator(**options)
         if self.options:
             return lambda gather: MMILoss(**self.options, gather_distributed=gather)
         if self.method == SUPERVISED:

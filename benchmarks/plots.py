@@ -330,3 +330,96 @@ def factors(rows: list[Row], titles: dict[str, str]) -> bytes | None:
     axis.set_yticks(range(len(lines)), labels=list(lines))
     figure.colorbar(picture, label="R²")
     return _png(figure)
+
+
+Panel = dict[str, dict[str, tuple[list[float], float]]]
+"""Setting, task: differences by seed, half the interval of their mean."""
+Map = dict[tuple[str, str], float]
+"""A score by row and column."""
+TASK_COLOURS = {"latent": "#1f77b4", "digits": "#d62728", "clutter": "#2ca02c"}
+
+
+def effects(studies: dict[str, Panel], path: Path) -> Path:
+    """A panel per study: every setting's score less the default's, a dot per seed, mean and 95 % interval; by task."""
+    columns = min(3, len(studies))
+    lines = -(-len(studies) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(5.6 * columns, 2.9 * lines), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat[len(studies) :]:
+        axis.axis("off")
+    for axis, (study, panel) in zip(axes.flat, studies.items(), strict=False):
+        for i, by_task in enumerate(panel.values()):
+            for j, (task, (differences, half)) in enumerate(by_task.items()):
+                if not differences:
+                    continue
+                y, colour = i + 0.28 * (j - (len(by_task) - 1) / 2), TASK_COLOURS[task]
+                axis.plot(differences, [y] * len(differences), ".", color=colour, alpha=0.45, markersize=5)
+                interval = {"xerr": half} if half == half else {}
+                style = {"color": colour, "markersize": 4, "capsize": 2, "linewidth": 1.2}
+                axis.errorbar(np.mean(differences), y, fmt="o", label=task, **interval, **style)
+        axis.axvline(0, color="black", linewidth=0.7)
+        axis.set_yticks(range(len(panel)), labels=list(panel), fontsize=7)
+        axis.set_ylim(len(panel) - 0.4, -0.6)
+        axis.grid(alpha=0.3)
+        axis.set_title(study, fontsize=10)
+    for axis in axes[-1]:
+        axis.set_xlabel("score less the default's", fontsize=8)
+    _legend(figure, axes)
+    path.write_bytes(_png(figure))
+    return path
+
+
+def heat_maps(maps: dict[str, Map], path: Path) -> Path:
+    """Scores over the noise floor (down) and the slice (across), a map per task."""
+    figure, axes = plt.subplots(1, len(maps), figsize=(4.2 * len(maps), 3.2), layout="constrained", squeeze=False)
+    for axis, (task, scores) in zip(axes[0], maps.items(), strict=True):
+        lines, columns = (list(dict.fromkeys(place[i] for place in scores)) for i in (0, 1))
+        values = np.array([[scores[line, column] for column in columns] for line in lines])
+        picture = axis.imshow(values, cmap="viridis", aspect="auto")
+        for (i, j), value in np.ndenumerate(values):
+            if np.isnan(value):
+                continue
+            # The lighter half of the colours needs dark print.
+            dark = 2 * value > np.nanmin(values) + np.nanmax(values)
+            axis.text(j, i, f"{value:.3f}", ha="center", va="center", color="black" if dark else "white")
+        axis.set_xticks(range(len(columns)), labels=columns)
+        axis.set_yticks(range(len(lines)), labels=lines)
+        axis.set(title=task, xlabel="slice_dim", ylabel="snr")
+        figure.colorbar(picture, label="score")
+    path.write_bytes(_png(figure))
+    return path
+
+
+def series_gaps(rows: list[Row], times: list[Row], path: Path) -> Path:
+    """The series' share of the exact information over its order, by beta, on trained embeddings; and its time."""
+    trained = [row for row in rows if row["embedding"] != "step 1"]
+    tasks = _tasks(trained)
+    shown = (("content", "128"), ("joint", "32"))
+    figure, axes = plt.subplots(1, 2 * len(tasks) + 1, figsize=(3.2 * (2 * len(tasks) + 1), 3.4), layout="constrained")
+    places = [(task, *which) for task in tasks for which in shown]
+    for axis, (task, objective, features) in zip(axes, places, strict=False):
+        found = [r for r in trained if (r["task"], r["objective"], r["features"]) == (task, objective, features)]
+        for beta in dict.fromkeys(row["beta"] for row in found):
+            line = [(int(r["order"]), float(r["nats"]) / float(r["exact"])) for r in found if r["beta"] == beta]
+            axis.plot(*zip(*line, strict=True), marker="o", markersize=3, label=f"beta {beta}")
+        axis.axhline(1, color="black", linewidth=0.7)
+        axis.axhline(0, color="black", linewidth=0.7, linestyle=":")
+        axis.set_ylim(-0.5, 1.5)
+        axis.grid(alpha=0.3)
+        exact = f"{float(found[0]['exact']):.1f}" if found else "?"
+        axis.set_title(f"{task}: {objective}, k = {features}\nexact {exact} nats", fontsize=9)
+        axis.set_xlabel("order")
+    axes[0].set_ylabel("share of the exact information")
+    axes[0].legend(fontsize=7)
+    for n in dict.fromkeys(row["n"] for row in times):
+        line = [(int(r["order"]), float(r["ratio"])) for r in times if r["n"] == n and r["order"] != "0"]
+        axes[-1].plot(*zip(*line, strict=True), marker="o", markersize=3, label=f"n = {n}")
+    axes[-1].axhline(1, color="black", linewidth=0.7)
+    axes[-1].set_ylim(bottom=0)
+    axes[-1].set_title("time of log det and gradient\nover that of Cholesky", fontsize=9)
+    axes[-1].set_xlabel("order")
+    axes[-1].grid(alpha=0.3)
+    axes[-1].legend(fontsize=7)
+    path.write_bytes(_png(figure))
+    return path

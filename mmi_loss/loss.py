@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from mmi_loss import functional
-from mmi_loss.functional import DEFAULT_BETA, DEFAULT_SLICE_DIM, DEFAULT_SNR, MMIComponents, Options
+from mmi_loss.functional import (
+    DEFAULT_BETA,
+    DEFAULT_NUM_SLICES,
+    DEFAULT_ORDER,
+    DEFAULT_SLICE_DIM,
+    DEFAULT_SNR,
+    MMIComponents,
+    Options,
+)
 
 
 class MMILoss(nn.Module):
@@ -79,12 +87,12 @@ class MMILoss(nn.Module):
         self,
         objective: str = "content",
         slice_dim: int | None = DEFAULT_SLICE_DIM,
-        num_slices: int = 1,
+        num_slices: int = DEFAULT_NUM_SLICES,
         seed: int = 0,
         snr: float | None = DEFAULT_SNR,
         ridge: float | None = None,
         logdet: str = "cholesky",
-        order: int = 4,
+        order: int = DEFAULT_ORDER,
         beta: float = DEFAULT_BETA,
         gather_distributed: bool = False,
         impl: str = "auto",

