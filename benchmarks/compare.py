@@ -88,7 +88,7 @@ def cells(options: argparse.Namespace, rates: dict[tuple[str, str], float]) -> l
     core = [m for m in options.methods if m in CORE]
     others = [m for m in options.methods if m in SECONDARY]
     untrained = [m for m in options.methods if m == grid.UNTRAINED]
-    passes = [(untrained, every[:1]), (core, across), (core, corners), (others, every)]
+    passes = [(untrained, every[:1]), (core, across), (core, corners), *((others, [size]) for size in every)]
     chosen = []
     for methods, sizes in passes:
         for seed in range(options.seeds):
