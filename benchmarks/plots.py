@@ -250,7 +250,7 @@ def _first_seed(rows: list[Row], task: str) -> dict[str, Row]:
 def spectra(rows: list[Row], titles: dict[str, str]) -> bytes:
     """Shares of variance per principal direction of features and projections, a column per task."""
     tasks = _tasks(rows)
-    figure, axes = plt.subplots(2, len(tasks), figsize=(4.2 * len(tasks), 7.2), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(2, len(tasks), figsize=(4.6 * len(tasks), 9.6), layout="constrained", squeeze=False)
     for column, task in enumerate(tasks):
         by_method = _first_seed(rows, task)
         for axis, which in zip(axes[:, column], ("features", "projections"), strict=True):
@@ -266,7 +266,8 @@ def spectra(rows: list[Row], titles: dict[str, str]) -> bytes:
             axis.set_ylim(bottom=1e-6)
             axis.grid(alpha=0.3)
             axis.set_xlabel("principal direction")
-            axis.legend(fontsize=6.5, title="effective rank", title_fontsize=7, ncols=2, loc="lower left")
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}
+            axis.legend(fontsize=7, title="effective rank", title_fontsize=7, ncols=2, frameon=False, **below)
     for axis in axes[:, 0]:
         axis.set_ylabel("share of variance")
     return _png(figure)
