@@ -62,11 +62,17 @@ def _standardised_backward(grad_rows: Tensor, rows: Tensor, inverse_std: Tensor,
 
 
 CHUNK = 128
+"""Rows that the CPU works on at a time."""
+
+
+def _is_chunked(x: Tensor) -> bool:
+    """On a GPU every chunk would be a launch of its own, in a compiled graph a node."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def column_dots(x: Tensor, y: Tensor) -> Tensor:
     """sum_n x_ni y_ni of two (N, D) matrices; on the CPU in chunks, without a temporary of their size."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or len(x) <= CHUNK:
+    if not _is_chunked(x) or len(x) <= CHUNK:
         return torch.linalg.vecdot(x, y, dim=0)
     dots, products = x.new_zeros(x.shape[1]), x.new_empty((CHUNK, x.shape[1]))
     for x_rows, y_rows in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
@@ -74,13 +80,14 @@ def column_dots(x: Tensor, y: Tensor) -> Tensor:
     return dots
 
 
-def _symmetric_product(rows: Tensor) -> Tensor:
-    """U U^T by blocks of rows, those below the diagonal mirrored instead of multiplied."""
+def _symmetric_product(rows: Tensor, n: int) -> Tensor:
+    """U U^T of contrasts of n rows each, by blocks: those below the diagonal mirrored instead of multiplied."""
     product = rows.new_empty((len(rows), len(rows)))
-    for start in range(0, len(rows), CHUNK):
-        block = slice(start, start + CHUNK)
+    size = CHUNK if _is_chunked(rows) else n
+    for start in range(0, len(rows), size):
+        block = slice(start, start + size)
         product[block, start:] = rows[block] @ rows[start:].mT
-        product[start + CHUNK :, block] = product[block, start + CHUNK :].mT
+        product[start + size :, block] = product[block, start + size :].mT
     return product
 
 
@@ -99,7 +106,7 @@ class _PooledLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         n, dim = views[0].shape
         rows, inverse_std = _standardised(views)
-        products = _symmetric_product(rows)
+        products = _symmetric_product(rows, n)
         groups = []
         for start, stop, degrees in blocks:
             block = slice(start * n, stop * n)
