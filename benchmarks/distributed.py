@@ -13,15 +13,12 @@ the same for all and is not counted.
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import datetime
 import itertools
 import json
 import multiprocessing
-import sys
 import tempfile
-import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -39,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import environment
+from benchmarks.losses import solo_learn as solo_learn_functions
 from benchmarks.methods import METHODS
 from mmi_loss.functional import LOGDETS, OBJECTIVES, mmi_loss_multiview
 
@@ -98,46 +96,11 @@ TRAFFIC |= {name: loss for name, loss in LOSSES.items() if loss.library == "ligh
 
 
 def solo_learn(checkout: Path) -> dict[str, Loss]:
-    """The Barlow Twins and VICReg losses of a clone of solo-learn, by their own files.
-
-    ``solo.utils.misc`` imports timm and more, of which the losses need nothing: only what gathers is taken from it.
-    """
-    losses, utils = checkout / "solo" / "losses", checkout / "solo" / "utils" / "misc.py"
-    missing = [str(path) for path in (losses / "barlow.py", losses / "vicreg.py", utils) if not path.exists()]
-    if missing:
-        raise FileNotFoundError(f"{missing[0]} is not there: --solo-learn takes a clone of its repository")
-    gatherers = ("GatherLayer", "gather", "get_rank")
-    syntax = ast.parse(utils.read_text(), str(utils))
-    syntax.body = [node for node in syntax.body if getattr(node, "name", None) in gatherers]
-    misc = types.ModuleType("solo.utils.misc")
-    vars(misc).update(torch=torch, dist=dist)
-    exec(compile(syntax, str(utils), "exec"), vars(misc))
-    found = {}
-    with _modules(
-        {"solo": types.ModuleType("solo"), "solo.utils": types.ModuleType("solo.utils"), misc.__name__: misc}
-    ):
-        for name in ("barlow", "vicreg"):
-            module = types.ModuleType(name)
-            path = losses / f"{name}.py"
-            exec(compile(path.read_text(), str(path), "exec"), vars(module))
-            function = vars(module)[f"{name}_loss_func"]
-            found[f"solo-learn {name}"] = Loss("solo-learn", lambda gather, f=function: lambda views: f(*views))
-    return found
-
-
-@contextlib.contextmanager
-def _modules(modules: dict[str, types.ModuleType]) -> Iterator[None]:
-    """Importable inside."""
-    before = {name: sys.modules.get(name) for name in modules}
-    sys.modules.update(modules)
-    try:
-        yield
-    finally:
-        for name, module in before.items():
-            if module is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module
+    """The Barlow Twins and VICReg losses of a clone of solo-learn."""
+    return {
+        f"solo-learn {name}": Loss("solo-learn", lambda gather, f=function: lambda views: f(*views))
+        for name, function in solo_learn_functions(checkout, ("barlow", "vicreg")).items()
+    }
 
 
 @dataclass(frozen=True)

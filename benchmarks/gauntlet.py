@@ -20,13 +20,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import importlib
 import io
 import itertools
 import math
 import re
-import sys
-import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +39,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from benchmarks import environment
+from benchmarks.losses import solo_learn as solo_learn_functions
 from mmi_loss import MMILoss
 
 N, DIM = 64, 192
@@ -526,31 +524,19 @@ CONTESTANTS = [
 
 
 def solo_learn(checkout: Path | None) -> tuple[list[Contestant], str]:
-    """The loss functions of a checkout of solo-learn, or none and the reason.
-
-    Only its losses are imported: the package itself would import data loaders and training frameworks.
-    """
+    """The loss functions of a checkout of solo-learn, or none and the reason."""
     if checkout is None:
         return [], "no --solo-learn PATH given"
     if not (checkout / "solo" / "losses").is_dir():
         return [], f"{checkout} has no solo/losses"
-    for name in ("solo", "solo.utils"):
-        package = types.ModuleType(name)
-        package.__path__ = [str(checkout / name.replace(".", "/"))]
-        sys.modules[name] = package
-    try:
-        losses = importlib.import_module("solo.losses")
-    except ImportError as error:
-        return [], f"{error} (solo-learn's requirements are not installed)"
+    found = solo_learn_functions(checkout, ("barlow", "vicreg", "simclr"))
+    functions = {f"{name}_loss_func": function for name, function in found.items()}
+    of_batch = functions["simclr_loss_func"]
 
     def simclr(z_a: Tensor, z_b: Tensor) -> Tensor:
-        return losses.simclr_loss_func(torch.cat([z_a, z_b]), torch.arange(len(z_a)).repeat(2))
+        return of_batch(torch.cat([z_a, z_b]), torch.arange(len(z_a)).repeat(2))
 
-    functions = {
-        "barlow_loss_func": losses.barlow_loss_func,
-        "vicreg_loss_func": losses.vicreg_loss_func,
-        "simclr_loss_func": simclr,
-    }
+    functions["simclr_loss_func"] = simclr
     return [Contestant(name, "solo-learn", lambda f=f: f) for name, f in functions.items()], ""
 
 

@@ -6,8 +6,13 @@ Every entry makes a criterion of two (N, D) views. Rivals keep their published s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ast
+import sys
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightly.loss
 import torch
@@ -133,3 +138,32 @@ for _name in ("barlow", "vicreg"):
     _factory = _solo(_name)
     if _factory is not None:
         LOSSES[f"solo_{_name}"] = _factory
+
+
+def solo_learn(checkout: Path, names: Sequence[str]) -> dict[str, Callable[..., Tensor]]:
+    """Loss functions of a clone of solo-learn, such as ``barlow``, by their own files.
+
+    ``solo.utils.misc`` imports timm and more, of which the losses need nothing: only what gathers is taken from it.
+
+    Raises:
+        FileNotFoundError: The folder is no clone of solo-learn.
+    """
+    paths = {name: checkout / "solo" / "losses" / f"{name}.py" for name in names}
+    utils = checkout / "solo" / "utils" / "misc.py"
+    missing = [str(path) for path in (*paths.values(), utils) if not path.exists()]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]} is not there: --solo-learn takes a clone of its repository")
+    gatherers = ("GatherLayer", "gather", "get_rank")
+    syntax = ast.parse(utils.read_text(), str(utils))
+    syntax.body = [node for node in syntax.body if getattr(node, "name", None) in gatherers]
+    misc = types.ModuleType("solo.utils.misc")
+    vars(misc).update(torch=torch, dist=torch.distributed)
+    exec(compile(syntax, str(utils), "exec"), vars(misc))
+    stubs = {"solo": types.ModuleType("solo"), "solo.utils": types.ModuleType("solo.utils"), misc.__name__: misc}
+    functions = {}
+    with mock.patch.dict(sys.modules, stubs):
+        for name, path in paths.items():
+            module = types.ModuleType(name)
+            exec(compile(path.read_text(), str(path), "exec"), vars(module))
+            functions[name] = vars(module)[f"{name}_loss_func"]
+    return functions
