@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightly.loss import BarlowTwinsLoss, FroSSLLoss, LeJEPALoss, NTXentLoss, VICRegLoss, WMSELoss
-from lightly.loss.lejepa_loss import lejepa_invariance_loss
+from lightly.loss.lejepa_loss import SIGReg, lejepa_invariance_loss
 from torch import Tensor, nn
 
 from mmi_loss import MMILoss
@@ -70,6 +71,53 @@ class LeJEPA(LeJEPALoss):
         return self.lambda_param * self.sigreg(views) + (1 - self.lambda_param) * invariance
 
 
+class _CharacteristicError(torch.autograd.Function):
+    """sum_j w_j |mean_n z_n^j - phi_j|^2 of samples x (..., N, M) with z = exp(i h x), and its gradient.
+
+    The frequencies are j h: all their sines and cosines are powers of one, and the gradient is a polynomial in it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spacing: float, phi: Tensor, weights: Tensor) -> Tensor:
+        errors, gradients = [], []
+        for part in x.split(64, dim=-1):  # some vectors at a time stay in the cache
+            z = torch.polar(torch.ones_like(part), part * spacing)
+            power, deviations = torch.ones_like(z), []
+            for value in phi:
+                deviations.append(power.mean(-2, keepdim=True) - value)
+                power = power * z
+            errors.append(sum(w * d.abs().square() for w, d in zip(weights, deviations, strict=True)))
+            gradient = torch.zeros_like(z)
+            for j in range(len(phi) - 1, 0, -1):
+                gradient = (gradient + j * weights[j] * deviations[j].conj()) * z
+            gradients.append(gradient.imag * (-2 * spacing / x.shape[-2]))
+        ctx.save_for_backward(torch.cat(gradients, -1))
+        return torch.cat(errors, -1).squeeze(-2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.unsqueeze(-2), None, None, None
+
+
+class FastSIGReg(SIGReg):
+    """lightly's SIGReg on one device: the same number and gradient to rounding, with a 17th of the sines."""
+
+    def forward(self, proj: Tensor) -> Tensor:
+        vectors = self._generate_unit_vectors(proj.device, proj.dtype, proj.size(-1))
+        phi, weights = self.phi.to(proj.dtype), self.weights.to(proj.dtype)
+        errors: Tensor = _CharacteristicError.apply(proj @ vectors, float(self.t[1]), phi, weights)
+        return errors.mean() * proj.size(-2)
+
+
+class FastLeJEPA(LeJEPA):
+    """:class:`LeJEPA` with the shortcut of :class:`FastSIGReg`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sigreg = FastSIGReg()
+
+
 class WMSE(nn.Module):
     """lightly's W-MSE, whitening over the whole batch: it needs N >= 2 D."""
 
@@ -124,6 +172,6 @@ METHODS = {
     ),
     "frossl": Method("FroSSL", lambda gather: FroSSL(), 16.0),
     "simclr": Method("SimCLR", lambda gather: NTXentLoss(gather_distributed=gather), 16.0),
-    "lejepa": Method("LeJEPA", lambda gather: LeJEPA(gather_distributed=gather), 16.0),
+    "lejepa": Method("LeJEPA", lambda gather: LeJEPA(gather_distributed=True) if gather else FastLeJEPA(), 16.0),
     "wmse": Method("W-MSE", lambda gather: WMSE(), 16.0),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -111,6 +111,7 @@ def speed(rows: list[dict[str, str]], stem: Path, n: int = 256) -> list[Path]:
 
 Row = dict[str, str]
 MIDDLE_DIM, MIDDLE_BATCH = 512, 256
+MAP_RANGE = 0.1
 
 
 def _png(figure: Any) -> bytes:
@@ -388,6 +389,49 @@ def heat_maps(maps: dict[str, Map], path: Path) -> Path:
         axis.set_yticks(range(len(lines)), labels=lines)
         axis.set(title=task, xlabel="slice_dim", ylabel="snr")
         figure.colorbar(picture, label="score")
+    path.write_bytes(_png(figure))
+    return path
+
+
+class Patch(NamedTuple):
+    """A cell of a difference map: the difference to a rival and its verdict (better, tie, worse, one run)."""
+
+    difference: float
+    verdict: str
+    rival: str
+
+
+def difference_maps(maps: dict[tuple[str, str], dict[tuple[int, int], Patch]], path: Path) -> Path:
+    """Paired differences over D (down) and N (across): a column of maps per task, a line per metric.
+
+    Blue: above the rival; red: below. Bold: the interval leaves zero out; in grey a single seed.
+    """
+    metrics, tasks = (list(dict.fromkeys(key[i] for key in maps)) for i in (0, 1))
+    size = (4.6 * len(tasks) + 1, 3.4 * len(metrics))
+    figure, axes = plt.subplots(len(metrics), len(tasks), figsize=size, layout="constrained", squeeze=False)
+    picture = None
+    for (metric, task), cells in maps.items():
+        axis = axes[metrics.index(metric), tasks.index(task)]
+        dims, batches = (sorted({sizes[i] for sizes in cells}) for i in (0, 1))
+        values = np.full((len(dims), len(batches)), np.nan)
+        for (dim, n), patch in cells.items():
+            i, j = dims.index(dim), batches.index(n)
+            values[i, j] = patch.difference
+            is_clear, is_single = patch.verdict in ("better", "worse"), patch.verdict == "one run"
+            axis.text(
+                *(j, i, f"{patch.difference:+.3f}\n{patch.rival}"),
+                ha="center",
+                va="center",
+                fontsize=7,
+                weight="bold" if is_clear else "normal",
+                color="white" if abs(patch.difference) > 0.7 * MAP_RANGE else "#666666" if is_single else "black",
+            )
+        picture = axis.imshow(values, cmap="RdBu", vmin=-MAP_RANGE, vmax=MAP_RANGE, aspect="auto")
+        axis.set_xticks(range(len(batches)), labels=map(str, batches))
+        axis.set_yticks(range(len(dims)), labels=map(str, dims))
+        axis.set_title(f"{task}: {metric}", fontsize=10)
+        axis.set(xlabel="batch size, N", ylabel="width of the projector, D")
+    figure.colorbar(picture, ax=axes, label="MMI minus the best baseline", extend="both")
     path.write_bytes(_png(figure))
     return path
 

@@ -133,6 +133,20 @@ class Results:
         return interval([statistics.fmean(d) for d in by_seed.values() if len(d) == full])
 
 
+def draw_map(rows: list[Row], path: Path) -> Path:
+    """The picture of ours against the best baseline of every cell."""
+    results = Results(rows)
+    maps = {}
+    for metric, name in METRICS.items():
+        for task in results.tasks:
+            found = {cell[1:]: results.against_best(cell, metric) for cell in results.cells_of(task)}
+            maps[name, task] = {
+                size: plots.Patch(difference.mean, difference.verdict, title(rival))
+                for size, (rival, difference) in ((size, best) for size, best in found.items() if best)
+            }
+    return plots.difference_maps(maps, path)
+
+
 def spread(values: Iterable[float]) -> str:
     """Mean and standard deviation over seeds."""
     values = list(values)

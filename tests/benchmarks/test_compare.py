@@ -19,7 +19,7 @@ from sklearn.linear_model import LinearRegression
 from benchmarks import compare, data, environment, evaluation, grid, report
 from benchmarks.data import clutter, latent
 from benchmarks.grid import Cell
-from benchmarks.methods import METHODS, FastBarlowTwins, FastVICReg, LeJEPA
+from benchmarks.methods import METHODS, FastBarlowTwins, FastLeJEPA, FastVICReg, LeJEPA
 
 SIZES = {"NUM_TRAIN": latent.NUM_TRAIN, "NUM_TEST": latent.NUM_TEST}
 
@@ -96,14 +96,23 @@ def test_fast_baselines_are_lightlys(known, fast, shape):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_lejepa_of_two_views_is_lightlys():
-    views = [torch.randn(32, 24, generator=torch.Generator().manual_seed(s)) for s in (0, 1)]
-    stack = torch.stack(views)
-    losses = []
-    for call in (lambda: LeJEPA()(*views), lambda: LeJEPALoss()(local_proj=stack, global_proj=stack)):
+@pytest.mark.parametrize("ours", [LeJEPA, FastLeJEPA])
+def test_lejepa_of_two_views_is_lightlys(ours):
+    outcomes = []
+    for call in (lambda a, b: ours()(a, b), _lightlys_lejepa):
+        views = [torch.randn(32, 24, generator=torch.Generator().manual_seed(s)).double() for s in (0, 1)]
+        views[1] += 0.5 * views[0]
         torch.manual_seed(0)
-        losses.append(float(call()))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        loss = call(*(z.requires_grad_() for z in views))
+        loss.backward()
+        outcomes.append((loss.detach(), views[0].grad, views[1].grad))
+    for theirs, mine in zip(*outcomes, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def _lightlys_lejepa(z_a, z_b):
+    stack = torch.stack([z_a, z_b])
+    return LeJEPALoss()(local_proj=stack, global_proj=stack)
 
 
 def test_grid_runs_resumes_and_survives_a_failure(cache, tmp_path):
@@ -152,6 +161,7 @@ def test_compare_runs_and_reports(cache, tmp_path, capsys):
     assert "VICReg" in page
     shown = capsys.readouterr().out
     assert "linear probe" in shown
+    assert (tmp_path / "compare-map.png").read_bytes().startswith(b"\x89PNG")
     assert "report:" in shown
     compare.main([*arguments, *core, "--report"])
     assert environment.read(tmp_path / "compare.csv") == rows
@@ -184,17 +194,33 @@ def test_rates_grow_until_the_best_is_inside(monkeypatch, tmp_path):
 
 def test_cells_are_in_order_of_what_matters():
     options = compare.parse([])
-    cells = compare.cells(options, {})
+    cells = compare.cells(options, {}, seeds=3)
     assert len({c.key for c in cells}) == len(cells)
-    order = [(c.method in compare.SECONDARY, c.projector_dim != 512 and c.batch_size != 256, c.seed) for c in cells[9:]]
-    core = [place for place in order if not place[0]]
+    known = [c for c in cells if c.method != "untrained"]
+    order = [
+        (c.seed, c.method in compare.SECONDARY, c.projector_dim != 512 and c.batch_size != 256 and c.method != "wmse")
+        for c in known
+    ]
+    assert [place[:2] for place in order] == sorted(place[:2] for place in order)
+    core = [place for place in order if not place[1]]
     assert core == sorted(core)
-    assert order[: len(core)] == core
-    assert len(core) == 3 * len(compare.CORE) * 9 * 3
+    assert len(core) == 3 * len(compare.CORE) * len(compare.DIMS) * len(compare.BATCH_SIZES) * len(compare.TASKS)
     assert {(c.projector_dim, c.batch_size) for c in cells if c.method == "wmse"} == set(compare.WMSE_CELLS)
     for task in compare.TASKS:
         budgets = [compare.steps(task, n) for n in compare.BATCH_SIZES]
         assert budgets == sorted(budgets, reverse=True)
+
+
+def test_hopeless_baselines_run_once():
+    options = compare.parse(["--tasks", "latent", "--dims", "64", "--batch-sizes", "32"])
+    options.methods = ["mmi", "vicreg_fast", "simclr", "barlow_twins_fast", "lejepa"]
+    chosen = compare.cells(options, {}, seeds=2)
+    assert compare.contenders(chosen, []) == chosen  # nothing is known yet
+    scores = {"mmi": 0.9, "vicreg_fast": 0.8, "simclr": 0.76, "barlow_twins_fast": 0.74, "lejepa": float("nan")}
+    first = [c for c in chosen if c.seed == 0]
+    rows = [{"cell": c.key, "knn": str(scores[c.method] + 0.01), "linear": str(scores[c.method] - 0.01)} for c in first]
+    further = [c.method for c in compare.contenders(chosen, rows) if c.seed == 1]
+    assert further == ["mmi", "vicreg_fast", "simclr"]
 
 
 def test_paired_interval_is_the_t_tests():
