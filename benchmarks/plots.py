@@ -409,7 +409,6 @@ def difference_maps(maps: dict[tuple[str, str], dict[tuple[int, int], Patch]], p
     metrics, tasks = (list(dict.fromkeys(key[i] for key in maps)) for i in (0, 1))
     size = (4.6 * len(tasks) + 1, 3.4 * len(metrics))
     figure, axes = plt.subplots(len(metrics), len(tasks), figsize=size, layout="constrained", squeeze=False)
-    picture = None
     for (metric, task), cells in maps.items():
         axis = axes[metrics.index(metric), tasks.index(task)]
         dims, batches = (sorted({sizes[i] for sizes in cells}) for i in (0, 1))
@@ -431,7 +430,7 @@ def difference_maps(maps: dict[tuple[str, str], dict[tuple[int, int], Patch]], p
         axis.set_yticks(range(len(dims)), labels=map(str, dims))
         axis.set_title(f"{task}: {metric}", fontsize=10)
         axis.set(xlabel="batch size, N", ylabel="width of the projector, D")
-    figure.colorbar(picture, ax=axes, label="MMI minus the best baseline", extend="both")
+    figure.colorbar(picture, ax=axes, label="MMI minus the best baseline", extend="both")  # all have one range
     path.write_bytes(_png(figure))
     return path
 
