@@ -10,6 +10,7 @@ and its time beside a Cholesky factorisation's.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import statistics
 import sys
@@ -51,6 +52,11 @@ class Setting:
         return ", ".join(words) or "mmi"
 
     @property
+    def reference(self) -> Setting:
+        """What it is compared with: the default at the same sizes; a default at other sizes, with the default."""
+        return Setting(dim=self.dim, batch_size=self.batch_size) if self.options else Setting()
+
+    @property
     def title(self) -> str:
         """The method, and sizes that are not the default's."""
         sizes = [f"D={self.dim}"] * (self.dim != DIM) + [f"N={self.batch_size}"] * (self.batch_size != BATCH_SIZE)
@@ -65,6 +71,18 @@ def _mmi(**options: Any) -> Setting:
 
 def _estimator(name: str, **options: Any) -> Setting:
     return Setting({"estimator": name, **options})
+
+
+def _rule(batch_size: int) -> list[Setting]:
+    """The default and what could take its place at a batch size."""
+    tried = [_mmi(snr=snr) for snr in (64.0, 16.0, 32.0, 128.0, 256.0)]
+    tried += [_mmi(slice_dim=k) for k in (64, 256, None)]
+    tried += [_mmi(slice_kind="coordinates"), _mmi(num_slices=4)]
+    tried += [_estimator("queue", length=3), _estimator("cross_fitted")]
+    tried += [_estimator("weighted", within=within) for within in (0.9, 1.1)]
+    # Over what every budget has: the shortest is 50 steps.
+    tried += [_estimator("annealed", start=start, end=end, steps=50) for start, end in ((8.0, 64.0), (256.0, 64.0))]
+    return [dataclasses.replace(setting, batch_size=batch_size) for setting in tried]
 
 
 DEFAULT = Setting()
@@ -110,6 +128,7 @@ STUDIES = {
         _estimator("running", momentum=0.9, objective="joint"),
     ],
     "num_slices": [DEFAULT, _mmi(num_slices=4), _mmi(slice_dim=32), _mmi(slice_dim=32, num_slices=4)],
+    **{f"rule, N={n}": _rule(n) for n in (32, 256, 1024)},
     MAP: [_mmi(snr=snr, slice_dim=k) for snr in (16.0, 64.0, 256.0) for k in (32, 128, None)],
 }
 """Each contains the default; what several studies need is run once. In the order of what matters."""
@@ -229,6 +248,7 @@ class Results:
         self.accuracies: dict[tuple[str, str], dict[int, tuple[float, float]]] = defaultdict(dict)
         self.scores: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
         settings = {setting.title: setting for settings in STUDIES.values() for setting in settings}
+        self.references = {title: setting.reference.title for title, setting in settings.items()}
         for task in self.tasks:
             wanted = [(grid.UNTRAINED, 0, _untrained(task))]
             for title, setting in settings.items():
@@ -244,8 +264,8 @@ class Results:
         self.spread = {task: self._pooled_spread(list(settings), task) for task in self.tasks}
 
     def differences(self, title: str, task: str) -> list[float]:
-        """By seed, to the default."""
-        ours, default = self.scores[title, task], self.scores[DEFAULT.title, task]
+        """By seed, to the default at the same sizes."""
+        ours, default = self.scores[title, task], self.scores[self.references.get(title, DEFAULT.title), task]
         return [ours[seed] - default[seed] for seed in sorted(ours.keys() & default.keys())]
 
     def _pooled_spread(self, titles: Sequence[str], task: str) -> tuple[float, int]:

@@ -35,8 +35,7 @@ class Plain(nn.Module):
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """Minus the mutual information of (N, D) and (N, D) embeddings, in nats."""
-        sliced = functional._slice([z_a, z_b], self.slice_of(), self.options, z_a.dtype)
-        self.step += self.training
+        sliced = functional._slice(self.batch(z_a, z_b), self.slice_of(), self.options, z_a.dtype)
         a, b = (z if z.ndim == 2 else z[0] for z in sliced)
         mean_a, mean_b = a.mean(0), b.mean(0)
         if self.options.objective == "content":
@@ -45,11 +44,28 @@ class Plain(nn.Module):
         moments = self.tracked(self._moments(samples))
         std = moments[0].diagonal().clamp(min=1e-12).sqrt()
         correlations = moments / (std[:, None] * std)
-        correlations = self.shrunk(correlations, samples / (std if len(std) == samples.shape[1] else std.repeat(2)))
-        matrices = self._blocks(correlations / self.ridge(a) + torch.eye(len(std), dtype=a.dtype))
-        log_dets = self.log_dets(matrices, self.ridge(a))
-        weights = OBJECTIVES[self.options.objective]
-        return sum((w / 2 * log_det for w, log_det in zip(weights, log_dets, strict=True)), start=z_a.new_zeros(()))
+        standardised = samples / (std if len(std) == samples.shape[1] else std.repeat(2))
+        loss = self.minus_information(self.shrunk(correlations, standardised), standardised, self.ridge(a))
+        self.step += self.training
+        return loss
+
+    def minus_information(self, correlations: Tensor, samples: Tensor, ridge: float) -> Tensor:
+        """The loss from the correlations of the standardised pairs (N, 2 k)."""
+        log_dets = self.log_dets(self._matrices(correlations, ridge), ridge)
+        weighted = [w / 2 * log_det for w, log_det in zip(self.weights(), log_dets, strict=True)]
+        return sum(weighted, start=samples.new_zeros(()))
+
+    def _matrices(self, correlations: Tensor, ridge: float) -> list[Tensor]:
+        """I + correlations / ridge, in the order of the objective's weights."""
+        return self._blocks(correlations / ridge + torch.eye(correlations.shape[-1], dtype=correlations.dtype))
+
+    def batch(self, z_a: Tensor, z_b: Tensor) -> list[Tensor]:
+        """The samples that are used, (M, D) each."""
+        return [z_a, z_b]
+
+    def weights(self) -> Sequence[float]:
+        """Of the log-determinants in twice the loss."""
+        return OBJECTIVES[self.options.objective]
 
     def ridge(self, a: Tensor) -> float:
         """The noise floor under slices (N, k)."""
@@ -111,6 +127,65 @@ class Running(Plain):
         if self.training:
             self.average, self.weight = average.detach(), weight
         return average / weight
+
+
+class Queue(Plain):
+    """The projections of the last ``length`` batches beside the batch's own, as constants.
+
+    ``length=0`` is the loss itself. The past goes through the slice of today, so a fresh one is drawn every step.
+    """
+
+    def __init__(self, length: int, **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.length = length
+        self.past: list[tuple[Tensor, Tensor]] = []
+
+    def batch(self, z_a: Tensor, z_b: Tensor) -> list[Tensor]:
+        both = [torch.cat(views) for views in zip((z_a, z_b), *self.past, strict=True)]
+        if self.training:
+            self.past = [(z_a.detach(), z_b.detach()), *self.past][: self.length]
+        return both
+
+
+class Annealed(Plain):
+    """A noise floor that moves, in equal ratios over ``steps`` steps, from one ``snr`` to another."""
+
+    def __init__(self, start: float, end: float, steps: int, **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.start, self.end, self.steps = start, end, steps
+
+    def ridge(self, a: Tensor) -> float:
+        progress = min(float(self.step) / self.steps, 1.0)
+        return a.shape[1] / (self.start * (self.end / self.start) ** progress)
+
+
+class Weighted(Plain):
+    """The nuisance's entropy counted ``within`` times: against a bias of its log det, or for more invariance."""
+
+    def __init__(self, within: float, **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.within = within
+
+    def weights(self) -> Sequence[float]:
+        total, within = OBJECTIVES["content"]
+        return total, within * self.within
+
+
+class CrossFitted(Plain):
+    """The gradient of each half of the batch by the inverses of the other half's matrices, d log det A = tr A'^-1 dA.
+
+    What a half shows by chance the other does not confirm. On a batch of two equal halves the gradient is the
+    loss's; the value is the loss's always.
+    """
+
+    def minus_information(self, correlations: Tensor, samples: Tensor, ridge: float) -> Tensor:
+        value = super().minus_information(correlations, samples, ridge).detach()
+        halves = [self._matrices(self._moments(half), ridge) for half in (samples[::2], samples[1::2])]
+        fitted = value.new_zeros(())
+        for ours, others in (halves, halves[::-1]):
+            for weight, matrix, other in zip(self.weights(), ours, others, strict=True):
+                fitted = fitted + weight / 4 * (torch.linalg.inv(other).detach() * matrix).sum()
+        return value + fitted - fitted.detach()
 
 
 def ledoit_wolf(samples: Tensor) -> Tensor:
@@ -193,4 +268,8 @@ ESTIMATORS: dict[str, Callable[..., nn.Module]] = {
     "running": Running,
     "shrunk": Shrunk,
     "rescaled": Rescaled,
+    "queue": Queue,
+    "annealed": Annealed,
+    "weighted": Weighted,
+    "cross_fitted": CrossFitted,
 }

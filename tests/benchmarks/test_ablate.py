@@ -15,7 +15,18 @@ from sklearn import covariance as sklearn_covariance
 
 from benchmarks import ablate, environment, grid, series
 from benchmarks.data import latent
-from benchmarks.estimators import INTENSITIES, SCALES, Plain, Rescaled, Running, Shrunk
+from benchmarks.estimators import (
+    INTENSITIES,
+    SCALES,
+    Annealed,
+    CrossFitted,
+    Plain,
+    Queue,
+    Rescaled,
+    Running,
+    Shrunk,
+    Weighted,
+)
 from mmi_loss import MMILoss
 from tests.conftest import views
 
@@ -32,11 +43,59 @@ def gradients(criterion, n=48, dim=24):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("slice_dim", [8, None])
-@pytest.mark.parametrize("estimator", [Plain, lambda **o: Running(0.0, **o), lambda **o: Shrunk(0.0, **o)])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        Plain,
+        lambda **o: Running(0.0, **o),
+        lambda **o: Shrunk(0.0, **o),
+        lambda **o: Queue(0, **o),
+        lambda **o: Annealed(64.0, 64.0, 10, **o),
+    ],
+)
 def test_limits_are_the_products_loss(estimator, slice_dim, objective):
     options = {"objective": objective, "slice_dim": slice_dim}
     for ours, exact in zip(gradients(estimator(**options)), gradients(MMILoss(**options)), strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-8, atol=1e-10)
+
+
+def test_cross_fitting_of_equal_halves_is_the_loss():
+    pair = [z.detach().repeat_interleave(2, 0).requires_grad_() for z in views(24, 12)]
+    ours, exact = (torch.autograd.grad(criterion(*pair), pair) for criterion in (CrossFitted(), MMILoss()))
+    torch.testing.assert_close(ours, exact, rtol=1e-8, atol=1e-10)
+    pair = views(24, 12)
+    torch.testing.assert_close(CrossFitted()(*pair), MMILoss()(*pair), rtol=1e-10, atol=0)
+    different = (torch.autograd.grad(criterion(*pair), pair)[0] for criterion in (CrossFitted(), MMILoss()))
+    assert not torch.allclose(*different)
+
+
+def test_queue_holds_the_past_as_constants():
+    criterion, batches = Queue(2, slice_dim=6), [views(16, 8, seed=s) for s in range(4)]
+    for batch in batches:
+        loss = criterion(*batch)
+    # On the last step's slice: its batch and the two before it.
+    whole = [torch.cat(views) for views in zip(*batches[:0:-1], strict=True)]
+    exact = Plain(slice_dim=6)
+    exact.step += 3
+    torch.testing.assert_close(loss, exact(*whole), rtol=1e-10, atol=0)
+    loss.backward()
+    assert batches[3][0].grad.any()
+    assert batches[2][0].grad is None
+
+
+def test_noise_floor_moves():
+    pair, criterion = views(32, 8), Annealed(4.0, 64.0, steps=2)
+    losses = [criterion(*pair) for _ in range(4)]
+    expected = [MMILoss(snr=snr)(*pair) for snr in (4.0, 16.0, 64.0, 64.0)]
+    torch.testing.assert_close(losses, expected, rtol=1e-10, atol=0)
+
+
+def test_weight_of_the_nuisance():
+    pair = views(32, 8)
+    halves = [Weighted(w)(*pair) for w in (0.0, 1.0, 2.0)]
+    torch.testing.assert_close(halves[1], MMILoss()(*pair), rtol=1e-10, atol=0)
+    torch.testing.assert_close(halves[2] - halves[1], halves[1] - halves[0], rtol=1e-8, atol=0)
+    assert not torch.isclose(halves[0], halves[1])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -117,7 +176,8 @@ def test_cells_are_unique_and_every_setting_makes_a_loss():
     cells = ablate.cells(list(ablate.STUDIES), options)
     assert len({cell.key for cell in cells}) == len(cells)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
-    assert all(ablate.DEFAULT.title in [s.title for s in study] for study in ablate.STUDIES.values())
+    for study in ablate.STUDIES.values():
+        assert {setting.reference.title for setting in study if setting.options} <= {setting.title for setting in study}
     z_a, z_b = views(64, 40, dtype=torch.float32)
     for criterion in {cell.method: cell.criterion()(False) for cell in cells}.values():
         assert criterion(z_a, z_b).isfinite()
