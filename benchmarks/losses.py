@@ -1,4 +1,4 @@
-"""The losses whose cost is compared: ours by every estimator and route, lightly's, solo-learn's where importable, and
+"""The losses whose cost is compared: ours by every estimator and route, lightly's, those of a clone of solo-learn, and
 two relatives written from their papers.
 
 Every entry makes a criterion of two (N, D) views. Rivals keep their published settings.
@@ -99,15 +99,6 @@ def _wmse(n: int, dim: int) -> Criterion:
     return lambda z_a, z_b: criterion(torch.cat([z_a, z_b]))
 
 
-def _solo(name: str) -> Callable[[int, int], Criterion] | None:
-    try:
-        from solo.losses import barlow_loss_func, vicreg_loss_func
-    except ImportError:
-        return None
-    function = {"barlow": barlow_loss_func, "vicreg": vicreg_loss_func}[name]
-    return lambda n, dim: function
-
-
 LOSSES: dict[str, Callable[[int, int], Criterion]] = {
     "mmi": lambda n, dim: MMILoss(),
     "mmi_compiled": lambda n, dim: torch.compile(MMILoss()),
@@ -134,10 +125,6 @@ LOSSES: dict[str, Callable[[int, int], Criterion]] = {
     "mec": lambda n, dim: MEC(),
     "corinfomax": lambda n, dim: CorInfoMax(dim),
 }
-for _name in ("barlow", "vicreg"):
-    _factory = _solo(_name)
-    if _factory is not None:
-        LOSSES[f"solo_{_name}"] = _factory
 
 
 def solo_learn(checkout: Path, names: Sequence[str]) -> dict[str, Callable[..., Tensor]]:

@@ -4,13 +4,15 @@ All losses of a shape take turns in one process, each timed call after an untime
 inputs out of the cache; medians and quartiles over the turns. "floor" reads both inputs and writes both gradients: two
 copies into new memory, which autograd cannot do without; "floor_reused" copies into memory that is there already.
 "floor_gram" and "floor_covariance" are the matrix products that the exact routes cannot do without. Memory is the
-allocator's: the peak of what a forward and backward allocate, without the inputs and their gradients.
+allocator's: the peak of what a forward and backward allocate, without the inputs and their gradients. Rows of shapes
+that are not measured again stay in the CSV file.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import itertools
 import math
 import os
@@ -29,10 +31,15 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import environment, plots
-from benchmarks.losses import LOSSES, MAX_WMSE_DIM
+from benchmarks.losses import LOSSES, MAX_WMSE_DIM, Criterion, solo_learn
 
 SHAPES = list(itertools.product((64, 256, 1024, 4096), (128, 512, 2048, 8192)))
 FLOORS = ("floor", "floor_reused", "floor_gram", "floor_covariance")
+SOLO = {"solo_barlow": "barlow", "solo_vicreg": "vicreg"}
+ALWAYS_NEW_BYTES = 32 * 2**20
+"""glibc takes blocks of this size from the system and gives them back, unless freed ones of other sizes happen to make
+room: whether a gradient pays for new pages would be chance. The chance is taken away; all such blocks are new.
+"""
 EVICTION_BYTES = 256 * 2**20
 MAX_MATRIX_BYTES = 1.5 * 2**30
 """A loss is skipped where its largest square matrix exceeds this: it does not fit beside its autograd copies."""
@@ -63,7 +70,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks speed", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shapes", nargs="+", metavar="NxD", help="such as 256x2048 1024x8192 (default: all)")
-    parser.add_argument("--losses", nargs="+", choices=[*LOSSES, *FLOORS], default=[*LOSSES, *FLOORS], metavar="LOSS")
+    names = [*LOSSES, *SOLO, *FLOORS]
+    parser.add_argument("--losses", nargs="+", choices=names, default=names, metavar="LOSS")
+    parser.add_argument("--solo-learn", type=Path, metavar="PATH", help="a clone of solo-learn, for its losses")
     parser.add_argument("--precisions", nargs="+", choices=("float32", "bf16-autocast"), default=["float32"])
     parser.add_argument("--turns", type=int, default=11, help="turns of fast losses; slow ones get fewer")
     parser.add_argument("--out", type=Path, help="CSV file (default benchmarks/results/speed-DEVICE.csv)")
@@ -82,7 +91,7 @@ def main(arguments: list[str]) -> None:
     out = options.out or environment.RESULTS / f"speed-{options.device}.csv"
     shapes = [_shape(text) for text in options.shapes] if options.shapes else SHAPES
     console = Console()
-    out.unlink(missing_ok=True)
+    _keep_other_shapes(out, shapes, options.precisions)
     with Progress(console=console) as progress:
         bar = progress.add_task("", total=len(shapes) * len(options.precisions))
         for (n, dim), precision in itertools.product(shapes, options.precisions):
@@ -93,6 +102,17 @@ def main(arguments: list[str]) -> None:
     report(environment.read(out), console)
     for picture in plots.speed(environment.read(out), out.with_suffix("")):
         console.print(f"picture: {picture}")
+
+
+def _keep_other_shapes(path: Path, shapes: list[tuple[int, int]], precisions: list[str]) -> None:
+    kept = [
+        row
+        for row in environment.read(path)
+        if (int(row["n"]), int(row["d"])) not in shapes or row["precision"] not in precisions
+    ]
+    path.unlink(missing_ok=True)
+    for row in kept:
+        environment.append(path, row)
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -126,10 +146,12 @@ def measure(n: int, dim: int, precision: str, options: argparse.Namespace) -> li
     views = [(content + 0.5 * torch.randn(n, dim, generator=generator)).to(device) for _ in range(2)]
     leaves = [z.requires_grad_() for z in views]
     steps: dict[str, dict[str, Callable[[], Any]]] = {}
+    losses = {**LOSSES, **_of_solo_learn(options.solo_learn)}
     for name in options.losses:
-        if not fits(name, n, dim):
-            continue
-        steps[name] = _floor(name, views) if name in FLOORS else _steps(LOSSES[name](n, dim), leaves, precision)
+        if name in FLOORS and fits(name, n, dim):
+            steps[name] = _floor(name, views)
+        elif name in losses and fits(name, n, dim):
+            steps[name] = _steps(losses[name](n, dim), leaves, precision)
     eviction = torch.zeros(EVICTION_BYTES // 4, device=device)
     times: dict[tuple[str, str], list[float]] = {}
     spent = dict.fromkeys(steps, 0.0)
@@ -145,6 +167,8 @@ def measure(n: int, dim: int, precision: str, options: argparse.Namespace) -> li
                 for z in leaves:
                     z.grad = None
                 eviction.add_(1)
+                if device.type == "cpu" and leaves[0].nbytes >= ALWAYS_NEW_BYTES:
+                    _give_back_freed_memory()
                 latest[name, kind] = seconds = _timed(step, device)
                 spent[name] += seconds
                 if turn:  # the first turn warms up
@@ -172,7 +196,12 @@ def measure(n: int, dim: int, precision: str, options: argparse.Namespace) -> li
     return rows
 
 
-def _steps(criterion: Callable[[Tensor, Tensor], Tensor], leaves: list[Tensor], precision: str) -> dict[str, Any]:
+def _of_solo_learn(checkout: Path | None) -> dict[str, Callable[[int, int], Criterion]]:
+    functions = solo_learn(checkout, list(SOLO.values())) if checkout else {}
+    return {name: lambda n, dim, f=functions[file]: f for name, file in SOLO.items() if file in functions}
+
+
+def _steps(criterion: Criterion, leaves: list[Tensor], precision: str) -> dict[str, Any]:
     device = leaves[0].device
     if isinstance(criterion, torch.nn.Module):
         criterion.to(device)
@@ -198,6 +227,12 @@ def _floor(name: str, views: list[Tensor]) -> dict[str, Any]:
         return {"forward+backward": lambda: [[a @ a.T, a @ b.T, b @ b.T], [square @ a for _ in range(4)]]}
     square = torch.zeros(a.shape[1], a.shape[1], device=a.device)
     return {"forward+backward": lambda: [[a.T @ a, b.T @ b], [a @ square, b @ square]]}
+
+
+def _give_back_freed_memory() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc's alone
+        trim(0)
 
 
 def _timed(step: Callable[[], Any], device: torch.device) -> float:

@@ -105,6 +105,11 @@ def test_speed(tmp_path, capsys):
     assert all(row["torch"] and row["device"] and row["date"] for row in rows)
     assert {path.name for path in tmp_path.glob("*.png")} == {"speed-time.png", "speed-memory.png"}
     assert "barlow_twins" in capsys.readouterr().out
+    # Measuring one shape again leaves the others as they are.
+    speed.main(["--shapes", "8x64", "--losses", "mmi", "--turns", "1", "--out", str(out)])
+    again = environment.read(out)
+    assert [row for row in again if row["n"] != "8"] == [row for row in rows if row["n"] != "8"]
+    assert {row["loss"] for row in again if row["n"] == "8"} == {"mmi"}
 
 
 def test_peak_memory_counts_temporaries_not_gradients():
@@ -118,15 +123,31 @@ def test_peak_memory_counts_temporaries_not_gradients():
     assert 0.9 < peak < 2.1
 
 
-def test_distributed(tmp_path, capsys):
-    """A loss that takes the processes with it is a row, not the end; solo-learn's losses come from its own files."""
-    losses = tmp_path / "solo" / "losses"
+def solo_learn_in(folder):
+    """What a clone of solo-learn looks like to what takes its losses."""
+    losses = folder / "solo" / "losses"
     losses.mkdir(parents=True)
-    (tmp_path / "solo" / "utils").mkdir()
+    (folder / "solo" / "utils").mkdir()
     local = "def {0}_loss_func(z1, z2):\n    return (z1 - z2).square().mean() - z1.std()\n"
     (losses / "barlow.py").write_text(local.format("barlow"))
     (losses / "vicreg.py").write_text("from solo.utils.misc import gather\n" + local.format("vicreg"))
-    (tmp_path / "solo" / "utils" / "misc.py").write_text("import no_such_package\ndef gather(x):\n    return x\n")
+    (folder / "solo" / "utils" / "misc.py").write_text("import no_such_package\ndef gather(x):\n    return x\n")
+
+
+def test_speed_of_solo_learns_losses(tmp_path):
+    solo_learn_in(tmp_path)
+    out = tmp_path / "speed.csv"
+    losses = ["mmi", "solo_barlow", "solo_vicreg"]
+    arguments = ["--shapes", "8x4", "--turns", "1", "--losses", *losses, "--out", str(out)]
+    speed.main([*arguments, "--solo-learn", str(tmp_path)])
+    assert [row["loss"] for row in environment.read(out)[::2]] == losses
+    speed.main(arguments)  # without a clone, without them
+    assert {row["loss"] for row in environment.read(out)} == {"mmi"}
+
+
+def test_distributed(tmp_path, capsys):
+    """A loss that takes the processes with it is a row, not the end; solo-learn's losses come from its own files."""
+    solo_learn_in(tmp_path)
     arguments = ["--worlds", "2", "--batches", "12", "--traffic-dim", "64", "--out", str(tmp_path / "rows.csv")]
     arguments += ["--losses", "content, kronecker", "default", "barlow", "lightly vicreg"]
     distributed.main([*arguments, "--solo-learn", str(tmp_path)])
