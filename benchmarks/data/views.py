@@ -6,6 +6,7 @@ the same ones.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def cached(path: Path, draw: Callable[[], Tensor]) -> Tensor:
     if not path.exists():
         views = draw()
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{os.getpid()}.partial")  # ranks may draw at once: the last one stays
         torch.save(views, partial)
         partial.replace(path)
     return torch.load(path, weights_only=True, mmap=True)

@@ -12,7 +12,7 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip instal
 from PIL import Image
 
 from benchmarks import data
-from benchmarks.data import digits
+from benchmarks.data import digits, views
 
 
 def write_cifar(root, name):
@@ -98,3 +98,18 @@ def test_digits(tmp_path):
     assert torch.cat(images).shape == (599 * 4, 1, 16, 16)
     with pytest.raises(SystemExit, match="exceeds the 1198 training images"):
         task.pretrain_batches(2000, seed=0)
+
+
+def test_two_processes_draw_the_same_views_at_once(tmp_path, monkeypatch):
+    """The other one draws, saves and is done while this one is between saving and naming its file."""
+    save, processes = torch.save, iter((1, 2))
+    monkeypatch.setattr(views.os, "getpid", lambda: next(processes))
+
+    def save_and_wait(tensor, path):
+        save(tensor, path)
+        monkeypatch.setattr(torch, "save", save)
+        views.cached(tmp_path / "views.pt", lambda: torch.ones(2))
+
+    monkeypatch.setattr(torch, "save", save_and_wait)
+    assert views.cached(tmp_path / "views.pt", lambda: torch.ones(2)).tolist() == [1, 1]
+    assert [path.name for path in tmp_path.iterdir()] == ["views.pt"]
