@@ -54,7 +54,7 @@ class MMILoss(nn.Module):
         impl: ``"auto"``; ``"eager"``: torch operations with closed-form gradients; ``"triton"``: fused CUDA kernels for
             two views in float32 or less; ``"reference"``: slow and plain, for checking. A named one is never replaced
             by another; ``"auto"`` takes the kernels for the default objective and slices on CUDA, else eager.
-        slice_kind: ``"kronecker"``: 8 random mixtures of blocks of ``slice_dim / 8`` features; ``"gaussian"``: dense
+        slice_kind: ``"kronecker"``: 4 random mixtures of blocks of ``slice_dim / 4`` features; ``"gaussian"``: dense
             random projections, whose mean is the k-sliced mutual information (Goldfeld et al. 2022);
             ``"coordinates"``: random subsets of the features.
 
