@@ -67,8 +67,8 @@ Value = tuple[Tensor, Tensor]
 LOGDETS = ("cholesky", "taylor")
 SLICE_KINDS = ("kronecker", "gaussian", "coordinates")
 MIXTURES = 4
-"""Random mixtures of feature blocks in a Kronecker slice. 2, 4, 8 and 16 learn alike within what seeds differ: scores of
-.63, .65, .64 and .64 on digits at D = 512, two or three seeds. With half of them the projection takes half the products.
+"""Random mixtures of feature blocks in a Kronecker slice. 2, 4, 8 and 16 learn alike within what seeds differ: scores
+of .63, .65, .64, .64 on digits at D = 512, two or three seeds. Half of them are half the products of the projection.
 """
 AUTO_TRITON = False
 """Whether ``impl="auto"`` takes the Triton kernels on CUDA. Not before ``benchmarks speed_cuda`` has been run there."""
