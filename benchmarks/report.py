@@ -135,15 +135,16 @@ class Results:
 
 def draw_map(rows: list[Row], path: Path) -> Path:
     """The picture of ours against the best baseline of every cell."""
-    results = Results(rows)
-    maps = {}
+    results, maps = Results(rows), {}
     for metric, name in METRICS.items():
         for task in results.tasks:
-            found = {cell[1:]: results.against_best(cell, metric) for cell in results.cells_of(task)}
-            maps[name, task] = {
-                size: plots.Patch(difference.mean, difference.verdict, title(rival))
-                for size, (rival, difference) in ((size, best) for size, best in found.items() if best)
-            }
+            patches = {}
+            for cell in results.cells_of(task):
+                best = results.against_best(cell, metric)
+                if best:
+                    patches[cell[1:]] = plots.Patch(best[1].mean, best[1].verdict, title(best[0]))
+            if patches:
+                maps[name, task] = patches
     return plots.difference_maps(maps, path)
 
 
