@@ -267,8 +267,9 @@ def _introduction(rows: list[Row]) -> str:
         f"among 24 of nuisance. Optimiser steps: {html.escape(budget)}. Small networks and short budgets: what holds "
         "here need not hold at the scale of ImageNet.</p>"
         f"<p class=note>Runs per method: {html.escape(runs)}. A method "
-        "without figures in a cell was not run there; a figure without spread is one seed. The CSV file also keeps the "
-        "runs at rates that a finer grid has overtaken; they are not compared.</p>"
+        "without figures in a cell was not run there; a figure without spread is one seed, mostly of a baseline too "
+        "far behind to be repeated. The CSV file also keeps the runs at rates that a finer grid has overtaken; "
+        "they are not compared.</p>"
         f"<p class=note>{html.escape(where)}. Rates were tuned at D = 512, N = 256 alone; times in the CSV file were "
         "taken while other processes ran: <code>python -m benchmarks speed</code> measures time.</p>"
     )
