@@ -69,7 +69,7 @@ class Plain(nn.Module):
 
     def ridge(self, a: Tensor) -> float:
         """The noise floor under slices (N, k)."""
-        return self.options.noise_floor(a.shape[1], a.dtype)
+        return float(self.options.noise_floor(a.shape[1], len(a), a.dtype))
 
     def _moments(self, samples: Tensor) -> Tensor:
         """Of centred pairs of views (N, 2 k): total and within (2, k, k), or the joint second moments (1, 2 k, 2 k)."""
@@ -156,7 +156,7 @@ class Annealed(Plain):
 
     def ridge(self, a: Tensor) -> float:
         progress = min(float(self.step) / self.steps, 1.0)
-        return a.shape[1] / (self.start * (self.end / self.start) ** progress)
+        return a.shape[1] / min(self.start * (self.end / self.start) ** progress, len(a))
 
 
 class Weighted(Plain):

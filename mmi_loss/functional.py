@@ -38,9 +38,10 @@ two are +.02 and +.06 on digits, at N = 32 -.01 and .00, on the latent task noth
 then; but a slice already learns no worse than other losses do, and a determinant's cost grows with its cube.
 """
 DEFAULT_SNR = 64.0
-"""16, 32, 128 and 256 (two seeds) at N = 32: -.01, .00, +.01, .00 / -.04, -.02, -.13, -.24; at N = 256: -.01, .00, .00,
-+.01 / -.01, +.01, .00, -.03; at N = 1024: -.02, -.01, +.01, +.01 / +.01, +.01, +.01, -.01. No batch size wants another:
-hence no dependence on N. 4 and a ridge of 0.01 (12800): -.05, .00 / -.14, -.10. Why: :meth:`Options.noise_floor`.
+"""At most one per sample: see :meth:`Options.noise_floor`. 16, 32, 128 and 256 at N = 256 (two seeds): -.01, .00, .00,
+.01 / -.01, .01, .00, -.03; at N = 1024: -.02, -.01, .01, .01 / .01, .01, .01, -.01. 4 and a ridge of 0.01 (12800):
+-.05, .00 / -.14, -.10. Smaller batches want one direction per sample: after 300 steps at N = 64, 32 and 128 are -.04 and
+-.05 on digits; scores after 424 steps at N = 32 are .53, .57, .58 and .53 with 16, 24, 32 and 64, on the latent task .87.
 """
 DEFAULT_BETA = 1.0
 """0.5, 0.75, 1, 1.5 and 1.75 against the exact loss, first seed: -.02, -.02, -.01, .00, .00 / -.13, -.11, -.07, -.04,
@@ -137,23 +138,31 @@ class Options:
         if value is None or not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} must be a positive number, got {value}")
 
-    def noise_floor(self, dim: int, dtype: torch.dtype) -> float:
-        """The ridge for ``dim`` features in a determinant, in units of feature variance.
+    def noise_floor(self, dim: int, samples: int | Tensor, dtype: torch.dtype) -> float | Tensor:
+        """The ridge for ``dim`` features in a determinant of a batch, in units of feature variance: our reading.
 
         Adding ``ridge * I`` is mutual information in the presence of isotropic noise. With ``ridge = dim / snr`` the
         total variance of the embedding, ``dim``, is ``snr`` times the noise in one direction: about ``snr``
-        directions can rise above it, however wide the projector.
+        directions can rise above it, however wide the projector. ``samples`` points span no more directions than
+        they are, and what rises above the noise in others is chance: hence ``ridge = dim / min(snr, samples)``.
 
         It also bounds the loss: log(1 + x) <= x, so that half of log det(I + M / ridge) is at most half of
-        tr M / ridge, ``snr / 2`` nats, for every batch size, width and slice. The default's 32 nats are more than any
-        data set holds (images drawn from a million are told apart by 14), and little enough that chance cannot fill
-        them: unrelated Gaussian views of 512 features show 3.3 nats in 32 samples, 0.8 in 256 and 0.2 in 1024, at
-        ``snr=256`` 12, 3.1 and 0.8, at a ridge of 0.01 63, 10 and 2.
+        tr M / ridge, ``snr / 2`` nats, for every width and slice. The default's 32 nats are more than any data set
+        holds (images drawn from a million are told apart by 14), and little enough that chance cannot fill them:
+        unrelated Gaussian views of 512 features show 2.2 nats in 64 samples, 0.8 in 256 and 0.2 in 1024, at
+        ``snr=256`` 9.4, 3.1 and 0.8, at a ridge of 0.01 77, 10 and 2.
+
+        ``samples`` in a tensor, as counted over all ranks, gives a tensor: reading it would wait for the device.
         """
-        ridge = self.ridge if self.ridge is not None else dim / cast(float, self.snr)
         # Rounding perturbs the spectrum of a dim x dim correlation matrix by about dim * eps; a floor below that
         # would make singular matrices indefinite.
-        return max(ridge, 8 * dim * torch.finfo(dtype).eps)
+        least = 8 * dim * torch.finfo(dtype).eps
+        if self.ridge is not None:
+            return max(self.ridge, least)
+        snr = cast(float, self.snr)
+        if isinstance(samples, Tensor):
+            return (dim / samples.clamp(max=snr)).clamp(min=least)
+        return max(dim / min(snr, samples), least)
 
     def log_det(self) -> logdets.LogDet:
         """How log-determinants are taken."""
@@ -217,7 +226,8 @@ def components(views: Sequence[Tensor], step: int | Tensor, options: Options) ->
     """The loss of two views and the entropies it is made of."""
     value, log_dets, dim, ridge = _estimate(views, step, options)
     # log det(I + M / ridge) to the differential entropy of the features plus noise.
-    constant = dim / 2 * (math.log(2 * math.pi * math.e) + math.log(ridge))
+    log_ridge = ridge.log() if isinstance(ridge, Tensor) else math.log(ridge)
+    constant = dim / 2 * (math.log(2 * math.pi * math.e) + log_ridge)
     half = log_dets.reshape(len(log_dets), -1).mean(-1) / 2
     entropy_a = half[0] + constant
     if options.objective == "joint":
@@ -237,7 +247,7 @@ class _Estimate(NamedTuple):
     loss: Tensor
     log_dets: Tensor
     dim: int
-    ridge: float
+    ridge: float | Tensor
 
 
 def _estimate(views: Sequence[Tensor], step: int | Tensor, options: Options) -> _Estimate:
@@ -257,7 +267,7 @@ def _estimate_in_full_precision(views: Sequence[Tensor], step: int | Tensor, opt
     dtype = torch.float64 if any(z.dtype == torch.float64 for z in views) else torch.float32
     sliced = _slice(views, step, options, dtype)
     num_views, (samples, dim) = len(views), sliced[0].shape[-2:]
-    ridge = options.noise_floor(dim, dtype)
+    count: int | Tensor | None = None
     if gather and (options.slice_dim is None or options.impl == "reference"):
         # Whether N < D is known only after counting, and the Gram route needs the embeddings themselves.
         sizes = distributed.batch_sizes(views[0])
@@ -270,11 +280,16 @@ def _estimate_in_full_precision(views: Sequence[Tensor], step: int | Tensor, opt
         if options.impl == "reference" or _is_wide(options.objective, num_views, samples, dim):
             sliced = [distributed.concatenate(z.movedim(-2, 0), sizes).movedim(0, -2) for z in sliced]
             gather = False
-    elif gather:  # a guess: the warning is not worth a wait
-        samples *= distributed.world_size()
+    elif gather:
+        count = distributed.sum_constant(sliced[0].new_full((), samples))
+        # An error would need the host to wait for the count; a NaN passes it on.
+        count.masked_fill_(count < 2, float("nan"))
+        samples *= distributed.world_size()  # a guess: the warning is not worth a wait
     _warn_if_starved(options.objective, samples, dim)
+    count = samples if count is None else count
+    ridge = options.noise_floor(dim, count, dtype)
     pairs = [sliced] if options.objective == "content" else [list(pair) for pair in combinations(sliced, 2)]
-    estimates = [_route(pair, ridge, options, gather) for pair in pairs]
+    estimates = [_route(pair, count, ridge, options, gather) for pair in pairs]
     value, log_dets = estimates[0] if len(pairs) == 1 else _mean(estimates)
     return _Estimate(value, log_dets, dim, ridge)
 
@@ -310,18 +325,25 @@ def _is_wide(objective: str, num_views: int, samples: int, dim: int) -> bool:
     return rows < dim
 
 
-def _route(views: list[Tensor], ridge: float, options: Options, gather: bool) -> Value:
-    """The loss from all features (N, D) or slices (S, N, k), and the log-determinants (m,) or (m, S)."""
+def _route(
+    views: list[Tensor], count: int | Tensor, ridge: float | Tensor, options: Options, gather: bool
+) -> Value:
+    """The loss from all features (N, D) or slices (S, N, k), and the log-determinants (m,) or (m, S).
+
+    ``count`` samples share the statistics: those of ``views``, with ``gather`` of all ranks.
+    """
     num_views, (samples, dim) = len(views), views[0].shape[-2:]
     is_joint = options.objective == "joint"
     if options.impl == "reference":
         order = options.order if options.logdet == "taylor" else None
         stacked = [z.reshape(-1, samples, dim) for z in views]
-        log_dets = reference.log_dets(stacked, options.objective, ridge, order, options.beta)
+        log_dets = reference.log_dets(stacked, options.objective, cast(float, ridge), order, options.beta)
         return logdets.weighted_sum(log_dets, OBJECTIVES[options.objective]), log_dets.detach()
     # The rows of the other ranks are not here: gathered statistics are covariances.
     if gather or not _is_wide(options.objective, num_views, samples, dim):
-        return _joint(views, ridge, options, gather) if is_joint else _pooled(views, ridge, options, gather)
+        covariance_route = _joint if is_joint else _pooled
+        return covariance_route(views, count, ridge, options, distributed.sum_constant if gather else None)
+    ridge = cast(float, ridge)  # no rank is left to count
     gram_route = _joint_gram if is_joint else _pooled_gram
     if views[0].ndim == 2:
         return gram_route(views, ridge, options)
@@ -331,7 +353,13 @@ def _route(views: list[Tensor], ridge: float, options: Options, gather: bool) ->
     return torch.stack(values).mean(), torch.stack(log_dets_of_slices, dim=1)
 
 
-def _pooled(views: list[Tensor], ridge: float, options: Options, gather: bool) -> Value:
+def _pooled(
+    views: list[Tensor],
+    count: int | Tensor,
+    ridge: float | Tensor,
+    options: Options,
+    reduce: covariance.Reduce | None,
+) -> Value:
     """Covariance route of exchangeable views: they share one mean, one covariance, one symmetric cross-covariance."""
     num_views = len(views)
     norms = squared_norms(num_views)
@@ -340,21 +368,24 @@ def _pooled(views: list[Tensor], ridge: float, options: Options, gather: bool) -
         coefficients = [total, [0.0, *(1 / ((num_views - 1) * norm) for norm in norms[1:])]]
     else:
         coefficients = [total, [1 / norms[0], 0.0], [0.0, 1 / norms[1]]]
-    reduce = distributed.sum_constant if gather else None
     weights = OBJECTIVES[options.objective]
-    return covariance.pooled_loss(views, coefficients, weights, ridge, options.log_det(), reduce)
+    return covariance.pooled_loss(views, coefficients, weights, ridge, options.log_det(), count, reduce)
 
 
-def _joint(views: list[Tensor], ridge: float, options: Options, gather: bool) -> Value:
+def _joint(
+    views: list[Tensor],
+    count: int | Tensor,
+    ridge: float | Tensor,
+    options: Options,
+    reduce: covariance.Reduce | None,
+) -> Value:
     """Covariance route of any two views, each with its own mean and variance."""
     z_a, z_b = (z if z.ndim == 3 else z[None] for z in views)
-    reduce = distributed.sum_constant if gather else None
     with torch.no_grad():
-        count, mean_a = covariance.count_and_mean([z_a], reduce)
-        _, mean_b = covariance.count_and_mean([z_b], reduce)
+        mean_a, mean_b = (covariance.pooled_mean([z], count, reduce) for z in (z_a, z_b))
     x_a, x_b = z_a - mean_a, z_b - mean_b
     scatters = torch.stack([covariance.scatter(x_a), covariance.cross_scatter(x_a, x_b), covariance.scatter(x_b)])
-    if gather:
+    if reduce is not None:
         scatters = distributed.all_reduce_sum(scatters)
     s_aa, s_ab, s_bb = scatters / count
     joint = torch.cat([torch.cat([s_aa, s_ab], -1), torch.cat([s_ab.mT, s_bb], -1)], -2)
@@ -433,7 +464,7 @@ def _triton_estimate(z_a: Tensor, z_b: Tensor, step: int | Tensor, options: Opti
     samples, dim = z_a.shape
     is_sliced = options.slice_dim is not None and options.slice_dim < dim
     slice_dim, num_slices = (cast(int, options.slice_dim), options.num_slices) if is_sliced else (dim, 1)
-    ridge = options.noise_floor(slice_dim, torch.float32)
+    ridge = cast(float, options.noise_floor(slice_dim, samples, torch.float32))
     block_dim = _block_dim(slice_dim, options.slice_kind) if is_sliced else 0
     step = torch.as_tensor(step, dtype=torch.int64, device=z_a.device)
     keys = kernels.seed_keys(options.seed)

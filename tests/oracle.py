@@ -24,7 +24,7 @@ def mutual_information(z_a, z_b, objective="content", ridge=None, snr=64.0):
     """I in nats of two (N, D) tensors on all features."""
     z_a, z_b = _numpy(z_a), _numpy(z_b)
     n, dim = z_a.shape
-    ridge = dim / snr if ridge is None else ridge
+    ridge = dim / min(snr, n) if ridge is None else ridge
     noise = ridge * np.eye(dim)
     if objective == "joint":
         x_a, x_b = _standardise(z_a, z_a), _standardise(z_b, z_b)
@@ -50,7 +50,7 @@ def content_information(views, snr=64.0):
     total = sum(sample.T @ sample for sample in x) / (num_views * n)
     # The unbiased variance of one view about its image's mean, averaged over images.
     within = sum(np.cov(sample, rowvar=False).reshape(dim, dim) for sample in x) / n
-    noise = dim / snr * np.eye(dim)
+    noise = dim / min(snr, n) * np.eye(dim)
     return 0.5 * (_log_det(total + noise) - _log_det(within + noise))
 
 

@@ -1,5 +1,6 @@
 """Values and gradients of every objective and route against independent oracles."""
 
+import itertools
 import math
 
 import numpy as np
@@ -124,10 +125,19 @@ def test_canonical_correlations_give_every_objective():
 def test_joint_on_the_doubled_batch_is_exchangeable(shape, logdet):
     z_a, z_b = views(*shape)
     doubled = mmi_loss(
-        torch.cat([z_a, z_b]), torch.cat([z_b, z_a]), objective="joint", slice_dim=None, snr=32, logdet="cholesky"
+        torch.cat([z_a, z_b]), torch.cat([z_b, z_a]), objective="joint", slice_dim=None, ridge=0.4, logdet="cholesky"
     )
-    exchangeable = mmi_loss(z_a, z_b, objective="exchangeable", slice_dim=None, snr=32)
+    exchangeable = mmi_loss(z_a, z_b, objective="exchangeable", slice_dim=None, ridge=0.4)
     assert doubled.item() == pytest.approx(exchangeable.item(), rel=1e-10)
+
+
+def test_no_more_directions_than_samples_rise_above_the_noise():
+    for objective, (n, dim) in itertools.product(OBJECTIVES, [(12, 5), (12, 40)]):
+        options = {"objective": objective, "slice_dim": None}
+        losses = [mmi_loss(*views(n, dim), **options, **floor) for floor in ({}, {"snr": 12.0}, {"ridge": dim / 12})]
+        assert losses[0] == losses[1] == losses[2]
+        assert mmi_loss(*views(n, dim), **options, snr=6.0) == mmi_loss(*views(n, dim), **options, ridge=dim / 6)
+    assert float(-mmi_loss(*views(12, 40, noise=1e-3))) < 12 / 2
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -192,7 +202,7 @@ def test_components(objective, shape):
     # Gaussian entropy of standardised features plus noise, from numpy.
     like = pair[0] if objective == "joint" else torch.cat(pair)
     x = ((like - like.mean(0)) / like.std(0, correction=0)).detach().numpy()
-    covariance = x.T @ x / len(x) + options.noise_floor(shape[1], torch.float64) * np.eye(shape[1])
+    covariance = x.T @ x / len(x) + options.noise_floor(shape[1], shape[0], torch.float64) * np.eye(shape[1])
     entropy = 0.5 * np.linalg.slogdet(2 * np.pi * np.e * covariance)[1]
     assert parts.entropy_a.item() == pytest.approx(entropy, rel=1e-9)
     assert parts.loss.requires_grad
@@ -207,7 +217,7 @@ def test_multiview_content_is_an_analysis_of_variance(shape):
     x = ((stacked - stacked.mean((0, 1))) / stacked.flatten(0, 1).std(0, correction=0)).detach().numpy()
     total = np.einsum("vni,vnj->ij", x, x) / (num_views * n)
     within = sum(np.cov(x[:, i].T, ddof=1) for i in range(n)).reshape(dim, dim) / n
-    noise = dim / 64 * np.eye(dim)
+    noise = dim / min(64, n) * np.eye(dim)
     expected = -0.5 * (np.linalg.slogdet(total + noise)[1] - np.linalg.slogdet(within + noise)[1])
     assert mmi_loss_multiview(list(stacked), slice_dim=None).item() == pytest.approx(expected, rel=1e-9)
     leaves = [z.detach().requires_grad_() for z in stacked]

@@ -111,12 +111,12 @@ def test_estimators_agree_with_the_reference(shape, seed, objective, options, lo
 def test_covariance_and_gram_routes_agree(shape, seed, objective, num_views, log_det, snr):
     """At every shape, not only where each is chosen."""
     options = Options(objective=objective, slice_dim=None, snr=snr, **log_det)
-    ridge = options.noise_floor(shape[1], torch.float64)
+    ridge = options.noise_floor(shape[1], shape[0], torch.float64)
     views = draw_views(shape, seed, num_views=num_views if objective == "content" else 2)
     if objective == "joint":
 
         def covariance(pair):
-            return functional._joint(pair, ridge, options, False)[0]
+            return functional._joint(pair, shape[0], ridge, options, None)[0]
 
         def gram(pair):
             return functional._joint_gram(pair, ridge, options)[0]
@@ -124,7 +124,7 @@ def test_covariance_and_gram_routes_agree(shape, seed, objective, num_views, log
     else:
 
         def covariance(pair):
-            return functional._pooled(pair, ridge, options, False)[0]
+            return functional._pooled(pair, shape[0], ridge, options, None)[0]
 
         def gram(pair):
             return functional._pooled_gram(pair, ridge, options)[0]
@@ -281,7 +281,7 @@ def test_content_bounds(shape, seed, snr):
 @given(shape=sizes, seed=seeds, snr=st.floats(0.5, 1000), log_det=log_dets)
 def test_exchangeable_is_joint_on_the_doubled_batch(shape, seed, snr, log_det):
     z_a, z_b = draw_views(shape, seed)
-    options = {"slice_dim": None, "snr": snr}
+    options = {"slice_dim": None, "ridge": shape[1] / snr}
     doubled = information((torch.cat([z_a, z_b]), torch.cat([z_b, z_a])), objective="joint", **options)
     assert_close(information((z_a, z_b), objective="exchangeable", **options), doubled)
 

@@ -83,12 +83,13 @@ class _PooledLoss(torch.autograd.Function):
         ctx: Any,
         coefficients: Coefficients,
         weights: Sequence[float],
-        ridge: float,
+        ridge: float | Tensor,
         log_det: LogDet,
+        count: int | Tensor,
         reduce: Reduce | None,
         *views: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        count, mean = (views[0].shape[-2], None) if reduce is None else count_and_mean(views, reduce)
+        mean = None if reduce is None else pooled_mean(views, count, reduce)
         rows, origin = contrasts(views, mean)
         products = _products(rows.mT, rows)
         if reduce is not None:
@@ -128,23 +129,25 @@ class _PooledLoss(torch.autograd.Function):
         grad_products[0].div_(len(rows))
         if ctx.reduce is not None:
             grad_products = ctx.reduce(grad_products)
-        return *(None,) * 5, *gradients_of_views(_products(rows, grad_products))
+        return *(None,) * 6, *gradients_of_views(_products(rows, grad_products))
 
 
 def pooled_loss(
     views: Sequence[Tensor],
     coefficients: Coefficients,
     weights: Sequence[float],
-    ridge: float,
+    ridge: float | Tensor,
     log_det: LogDet,
+    count: int | Tensor,
     reduce: Reduce | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss (a scalar, in nats) and the log-determinants (m, S) or (m,) it is made of, of V views (S, N, k) or (N, k).
 
     ``coefficients`` (m, V) combine the second moments of the V contrasts into m matrices; the first is the covariance
-    that standardises all. ``weights`` (m) are those of the log-determinants in twice the loss.
+    that standardises all. ``weights`` (m) are those of the log-determinants in twice the loss. ``count`` samples, N or
+    with ``reduce`` those of all processes, share the statistics.
     """
-    loss, log_dets = _PooledLoss.apply(coefficients, weights, ridge, log_det, reduce, *views)
+    loss, log_dets = _PooledLoss.apply(coefficients, weights, ridge, log_det, count, reduce, *views)
     return loss, log_dets
 
 
@@ -156,7 +159,7 @@ class _SignalToNoise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, moments: Tensor, mean: Tensor, ridge: float) -> Tensor:
+    def forward(ctx: Any, moments: Tensor, mean: Tensor, ridge: float | Tensor) -> Tensor:
         variance = add_variance_floor(moments.diagonal(dim1=-2, dim2=-1), mean)
         weight = _noise_weight(variance, ridge)
         moments = moments * weight
@@ -174,7 +177,7 @@ class _SignalToNoise(torch.autograd.Function):
         return grad_moments, None, None
 
 
-def signal_to_noise(moments: Tensor, mean: Tensor, ridge: float) -> Tensor:
+def signal_to_noise(moments: Tensor, mean: Tensor, ridge: float | Tensor) -> Tensor:
     """I + (standardised moments) / ridge, for symmetric second moments (..., k, k) about the ``mean`` (..., k).
 
     Their diagonal is the variance that standardises. The log det of the result is twice the
@@ -184,7 +187,7 @@ def signal_to_noise(moments: Tensor, mean: Tensor, ridge: float) -> Tensor:
     return result
 
 
-def _noise_weight(variance: Tensor, ridge: float) -> Tensor:
+def _noise_weight(variance: Tensor, ridge: float | Tensor) -> Tensor:
     """The matrix s s^T / ridge that standardises second moments and measures them in units of the noise."""
     inverse_std = variance.rsqrt()
     return inverse_std[..., :, None] * (inverse_std[..., None, :] / ridge)
@@ -210,22 +213,15 @@ def _combine(matrices: Tensor, coefficients: Coefficients, divisor: float | Tens
     return combined.div_(divisor) if isinstance(divisor, Tensor) else combined
 
 
-def count_and_mean(views: Sequence[Tensor], reduce: Reduce | None = None) -> tuple[float | Tensor, Tensor]:
-    """The number of samples and the mean (..., 1, k) of views (..., N, k), pooled over samples, views and processes.
+def pooled_mean(views: Sequence[Tensor], count: int | Tensor, reduce: Reduce | None = None) -> Tensor:
+    """The mean (..., 1, k) of views (..., N, k), pooled over views, processes and their ``count`` samples.
 
-    Both are NaN where all processes together hold fewer than two samples: so become the loss and its gradient.
     To be taken as a constant: moments about the mean are stationary in it, its derivative vanishes.
     """
     total = views[0].sum(-2, keepdim=True)
     for view in views[1:]:
         total += view.sum(-2, keepdim=True)
-    samples = views[0].shape[-2]
-    if reduce is None:
-        return samples, total.div_(len(views) * samples)
-    packed = reduce(torch.cat([total.flatten(), total.new_full((1,), samples)]))
-    # An error would need the host to wait for the count; a NaN passes it on.
-    count = packed[-1].masked_fill(packed[-1] < 2, float("nan"))
-    return count, packed[:-1].view_as(total) / (len(views) * count)
+    return (total if reduce is None else reduce(total)).div_(len(views) * count)
 
 
 def add_variance_floor(variance: Tensor, mean: Tensor) -> Tensor:
