@@ -40,8 +40,9 @@ then; but a slice already learns no worse than other losses do, and a determinan
 DEFAULT_SNR = 64.0
 """At most one per sample: see :meth:`Options.noise_floor`. 16, 32, 128 and 256 at N = 256 (two seeds): -.01, .00, .00,
 .01 / -.01, .01, .00, -.03; at N = 1024: -.02, -.01, .01, .01 / .01, .01, .01, -.01. 4 and a ridge of 0.01 (12800):
--.05, .00 / -.14, -.10. Smaller batches want one direction per sample: after 300 steps at N = 64, 32 and 128 are -.04 and
--.05 on digits; scores after 424 steps at N = 32 are .53, .57, .58 and .53 with 16, 24, 32 and 64, on the latent task .87.
+-.05, .00 / -.14, -.10. Smaller batches want one direction per sample: after 300 steps at N = 64, 32 and 128 are -.04
+and -.05 on digits; after 424 at N = 32, the scores of 16, 24, 32 and 64 are .53, .57, .58 and .53 there, on the latent
+task .87 each.
 """
 DEFAULT_BETA = 1.0
 """0.5, 0.75, 1, 1.5 and 1.75 against the exact loss, first seed: -.02, -.02, -.01, .00, .00 / -.13, -.11, -.07, -.04,

@@ -27,9 +27,9 @@ class MMILoss(nn.Module):
     With C the covariance of one view's features, pooled over both and standardised, and W that of what differs
     between the views of an image, the default is
 
-    .. math:: L = -\tfrac12 \log\det(C + r) + \tfrac12 \log\det(W + r), \qquad r = \text{slice\_dim} / \min(\text{snr}, N)
+    .. math:: L = -\tfrac12 \log\det(C + r) + \tfrac12 \log\det(W + r), \qquad r = k / \min(\text{snr}, N)
 
-    on a fresh random slice of the features each step. It is the mutual information between a view and the content
+    on a fresh random slice of k = ``slice_dim`` features each step. It is the mutual information between a view and the content
     both views share, seen through noise of variance r (our addition to the paper; see ``objective``).
 
     Args:
@@ -41,8 +41,8 @@ class MMILoss(nn.Module):
         num_slices: Slices per step, averaged.
         seed: With the step counter, determines the slices.
         snr: Noise floor: total feature variance over the noise variance in one direction, so about how many
-            directions the loss can tell apart, at most one per sample: ``ridge = dim / min(snr, N)`` for ``dim`` features
-            in the determinant.
+            directions the loss can tell apart, at most one per sample: ``ridge = dim / min(snr, N)`` for ``dim``
+            features in the determinant.
         ridge: The noise variance itself in units of feature variance, in place of the default ``snr``. It is raised
             to what the dtype resolves, ``8 * dim * eps``.
         logdet: ``"cholesky"`` is exact; ``"taylor"`` the paper's truncated series.
