@@ -326,9 +326,7 @@ def _is_wide(objective: str, num_views: int, samples: int, dim: int) -> bool:
     return rows < dim
 
 
-def _route(
-    views: list[Tensor], count: int | Tensor, ridge: float | Tensor, options: Options, gather: bool
-) -> Value:
+def _route(views: list[Tensor], count: int | Tensor, ridge: float | Tensor, options: Options, gather: bool) -> Value:
     """The loss from all features (N, D) or slices (S, N, k), and the log-determinants (m,) or (m, S).
 
     ``count`` samples share the statistics: those of ``views``, with ``gather`` of all ranks.

@@ -29,8 +29,8 @@ class MMILoss(nn.Module):
 
     .. math:: L = -\tfrac12 \log\det(C + r) + \tfrac12 \log\det(W + r), \qquad r = k / \min(\text{snr}, N)
 
-    on a fresh random slice of k = ``slice_dim`` features each step. It is the mutual information between a view and the content
-    both views share, seen through noise of variance r (our addition to the paper; see ``objective``).
+    on a fresh random slice of k = ``slice_dim`` features each step. It is the mutual information between a view and the
+    content both views share, seen through noise of variance r (our addition to the paper; see ``objective``).
 
     Args:
         objective: ``"content"``: I(Z; content), for two views of one image by one network: the default.
