@@ -73,19 +73,27 @@ def _estimator(name: str, **options: Any) -> Setting:
     return Setting({"estimator": name, **options})
 
 
+DEFAULT = Setting()
+
+
 def _rule(batch_size: int) -> list[Setting]:
-    """The default and what could take its place at a batch size."""
-    tried = [_mmi(snr=snr) for snr in (64.0, 16.0, 32.0, 128.0, 256.0)]
+    """The default and what could take its place at a batch size; more directions than samples take a ridge."""
+    tried = [DEFAULT]
+    tried += [
+        _mmi(snr=snr) if snr <= batch_size else _mmi(ridge=DEFAULTS["slice_dim"] / snr)
+        for snr in (16.0, 32.0, 64.0, 128.0, 256.0)
+        if snr != min(DEFAULTS["snr"], batch_size)
+    ]
     tried += [_mmi(slice_dim=k) for k in (64, 256, None)]
     tried += [_mmi(slice_kind="coordinates"), _mmi(num_slices=4)]
     tried += [_estimator("queue", length=3), _estimator("cross_fitted")]
     tried += [_estimator("weighted", within=within) for within in (0.9, 1.1)]
     # Over what every budget has: the shortest is 50 steps.
-    tried += [_estimator("annealed", start=start, end=end, steps=50) for start, end in ((8.0, 64.0), (256.0, 64.0))]
+    moving = [(start, end) for start, end in ((8.0, 64.0), (256.0, 64.0)) if start <= batch_size]
+    tried += [_estimator("annealed", start=start, end=end, steps=50) for start, end in moving]
     return [dataclasses.replace(setting, batch_size=batch_size) for setting in tried]
 
 
-DEFAULT = Setting()
 LOW_RIDGE = 0.01
 """In place of the noise floor where shrinkage or nothing at all takes its part."""
 MAP = "snr x slice_dim"
