@@ -311,7 +311,10 @@ class Results:
         return table
 
     def panels(self, studies: Sequence[str]) -> dict[str, plots.Panel]:
-        """Per study and setting, per task: the differences by seed and the half interval of their mean."""
+        """Per study and setting, per task: the differences by seed and the half interval of their mean.
+
+        Studies of which nothing is finished are left out.
+        """
         return {
             study: {
                 title: {
@@ -322,7 +325,7 @@ class Results:
                 for title in _titles(study)
             }
             for study in studies
-            if study != MAP
+            if study != MAP and any(self.scores[title, task] for title in _titles(study) for task in self.tasks)
         }
 
     def maps(self) -> dict[str, plots.Map]:
