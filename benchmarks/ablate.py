@@ -178,7 +178,7 @@ def main(arguments: list[str]) -> None:
     for name in studies:
         console.print(results.table(name))
     panels = results.panels(studies)
-    if panels and any(results.scores.values()):
+    if panels:
         console.print(f"picture: {plots.effects(panels, out / 'ablate.png')}")
     if MAP in studies:
         console.print(f"picture: {plots.heat_maps(results.maps(), out / 'ablate-maps.png')}")

@@ -91,12 +91,13 @@ def main(arguments: list[str]) -> None:
     out = options.out or environment.RESULTS / f"speed-{options.device}.csv"
     shapes = [_shape(text) for text in options.shapes] if options.shapes else SHAPES
     console = Console()
+    losses = {**LOSSES, **_of_solo_learn(options.solo_learn)}
     _keep_other_shapes(out, shapes, options.precisions)
     with Progress(console=console) as progress:
         bar = progress.add_task("", total=len(shapes) * len(options.precisions))
         for (n, dim), precision in itertools.product(shapes, options.precisions):
             progress.update(bar, description=f"N={n} D={dim} {precision}")
-            for row in measure(n, dim, precision, options):
+            for row in measure(n, dim, precision, losses, options):
                 environment.append(out, row)
             progress.advance(bar)
     report(environment.read(out), console)
@@ -138,7 +139,9 @@ def _cubic_seconds(name: str, rows: int) -> float:
     return rows**3 * 5e-11 if name in ("mmi_naive", "corinfomax") or name.startswith("mmi_all") else 0.0
 
 
-def measure(n: int, dim: int, precision: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(
+    n: int, dim: int, precision: str, losses: dict[str, Callable[[int, int], Criterion]], options: argparse.Namespace
+) -> list[dict[str, Any]]:
     """One row per loss for one shape."""
     device = torch.device(options.device)
     generator = torch.Generator().manual_seed(0)
@@ -146,7 +149,6 @@ def measure(n: int, dim: int, precision: str, options: argparse.Namespace) -> li
     views = [(content + 0.5 * torch.randn(n, dim, generator=generator)).to(device) for _ in range(2)]
     leaves = [z.requires_grad_() for z in views]
     steps: dict[str, dict[str, Callable[[], Any]]] = {}
-    losses = {**LOSSES, **_of_solo_learn(options.solo_learn)}
     for name in options.losses:
         if name in FLOORS and fits(name, n, dim):
             steps[name] = _floor(name, views)

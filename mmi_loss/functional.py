@@ -268,11 +268,11 @@ def _estimate_in_full_precision(views: Sequence[Tensor], step: int | Tensor, opt
     dtype = torch.float64 if any(z.dtype == torch.float64 for z in views) else torch.float32
     sliced = _slice(views, step, options, dtype)
     num_views, (samples, dim) = len(views), sliced[0].shape[-2:]
-    count: int | Tensor | None = None
+    count: int | Tensor = samples
     if gather and (options.slice_dim is None or options.impl == "reference"):
         # Whether N < D is known only after counting, and the Gram route needs the embeddings themselves.
         sizes = distributed.batch_sizes(views[0])
-        samples = sum(sizes)
+        count = samples = sum(sizes)
         if samples < 2:
             raise ValueError(
                 f"z_a must hold at least 2 samples on all ranks together, got {sizes} on ranks 0 to {len(sizes) - 1}; "
@@ -287,7 +287,6 @@ def _estimate_in_full_precision(views: Sequence[Tensor], step: int | Tensor, opt
         count.masked_fill_(count < 2, float("nan"))
         samples *= distributed.world_size()  # a guess: the warning is not worth a wait
     _warn_if_starved(options.objective, samples, dim)
-    count = samples if count is None else count
     ridge = options.noise_floor(dim, count, dtype)
     pairs = [sliced] if options.objective == "content" else [list(pair) for pair in combinations(sliced, 2)]
     estimates = [_route(pair, count, ridge, options, gather) for pair in pairs]
