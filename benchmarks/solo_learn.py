@@ -9,6 +9,7 @@ Needs solo-learn's requirements and ``mmi-loss[solo]`` in the environment that r
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
@@ -45,7 +46,9 @@ def export_digits(folder: Path, size: int = 32, num_train: int = 1198, num_test:
             image.resize((size, size), Image.Resampling.BICUBIC).convert("RGB").save(path)
 
 
-def pretrain(checkout: Path, data: Path, out: Path, method: str, seed: int, options: argparse.Namespace) -> None:
+def pretrain(
+    checkout: Path, data: Path, out: Path, method: str, seed: int, rate: float, options: argparse.Namespace
+) -> None:
     """One run of ``main_pretrain.py``; its log and metrics go to ``out``."""
     overrides = [
         f"method={method}",
@@ -56,6 +59,7 @@ def pretrain(checkout: Path, data: Path, out: Path, method: str, seed: int, opti
         f"data.val_path={data / 'val'}",
         "data.num_workers=0",
         f"optimizer.batch_size={options.batch_size}",
+        f"optimizer.lr={rate}",
         f"max_epochs={options.epochs}",
         "+scheduler.warmup_epochs=1",
         f"method_kwargs.proj_hidden_dim={options.projector_dim}",
@@ -82,7 +86,8 @@ def pretrain(checkout: Path, data: Path, out: Path, method: str, seed: int, opti
     with log.open("w") as file:
         done = subprocess.run(command, cwd=checkout, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
-        raise SystemExit(f"{method}, seed {seed} failed; its last words, from {log}:\n{log.read_text()[-2000:]}")
+        last_words = f"its last words, from {log}:\n{log.read_text()[-2000:]}"
+        raise SystemExit(f"{method}, learning rate {rate}, seed {seed} failed; {last_words}")
 
 
 def online_accuracy(out: Path) -> dict[str, float]:
@@ -97,6 +102,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks solo_learn", description=__doc__)
     parser.add_argument("checkout", type=Path, help="a clone of solo-learn")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.3], help="learning rates (default: barlow.yaml's)")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -106,18 +112,19 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     head = ["git", "-C", str(options.checkout), "rev-parse", "--short", "HEAD"]
     settings = {name: getattr(options, name) for name in ("epochs", "batch_size", "size", "projector_dim")}
-    finished = {(row["method"], row["seed"]) for row in environment.read(options.results)}
+    finished = {(row["method"], row["seed"], float(row["learning_rate"])) for row in environment.read(options.results)}
     with tempfile.TemporaryDirectory() as folder:
         export_digits(Path(folder, "digits"), options.size)
         for seed in range(options.seeds):
-            for method in options.methods:
-                if (method, str(seed)) in finished:
+            for method, rate in itertools.product(options.methods, options.rates):
+                if (method, str(seed), rate) in finished:
                     continue
-                out = Path(folder, f"{method}-{seed}")
-                pretrain(options.checkout.resolve(), Path(folder, "digits"), out, method, seed, options)
+                out = Path(folder, f"{method}-{seed}-{rate}")
+                pretrain(options.checkout.resolve(), Path(folder, "digits"), out, method, seed, rate, options)
                 row = {
                     "method": method,
                     "seed": seed,
+                    "learning_rate": rate,
                     **online_accuracy(out),
                     **settings,
                     "solo_learn": subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip(),
@@ -125,9 +132,9 @@ def main(arguments: list[str]) -> None:
                 }
                 row["threads"] = os.environ.get("OMP_NUM_THREADS", row["threads"])
                 environment.append(options.results, row)
-    print(f"{'method':14}{'seed':>5}{'kNN':>8}{'linear':>8}   {settings}")
+    print(f"{'method':14}{'rate':>6}{'seed':>5}{'kNN':>8}{'linear':>8}   {settings}")
     for row in environment.read(options.results):
-        print(f"{row['method']:14}{row['seed']:>5}{row['knn']:>8}{row['linear']:>8}")
+        print(f"{row['method']:14}{row['learning_rate']:>6}{row['seed']:>5}{row['knn']:>8}{row['linear']:>8}")
 
 
 if __name__ == "__main__":
