@@ -367,7 +367,8 @@ def _pooled(
     else:
         coefficients = [total, [1 / norms[0], 0.0], [0.0, 1 / norms[1]]]
     weights = OBJECTIVES[options.objective]
-    return covariance.pooled_loss(views, coefficients, weights, ridge, options.log_det(), count, reduce)
+    of_all_ranks = count if isinstance(count, Tensor) else None
+    return covariance.pooled_loss(views, coefficients, weights, ridge, options.log_det(), of_all_ranks, reduce)
 
 
 def _joint(

@@ -139,15 +139,29 @@ def test_compiles_whole(name):
     eager, module = MMILoss(**options), MMILoss(**options)
     compiled = torch.compile(module, fullgraph=True)
     for _ in range(2):
-        results = []
-        for function in (eager, compiled):
-            leaves = [z.detach().float().requires_grad_() for z in views(24, 140)]
-            loss = function(*leaves)
-            loss.backward()
-            results.append([loss.detach(), *(z.grad for z in leaves)])
-        for ours, expected in zip(results[1], results[0], strict=True):
-            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+        assert_same(compiled, eager, samples=24)
     assert module.step == eager.step == 2
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_compiles_for_changing_batch_sizes(name):
+    """A last, incomplete batch: from the second size on, the size is a symbol of the graph."""
+    torch._dynamo.reset()
+    eager, module = MMILoss(**VARIANTS[name]), MMILoss(**VARIANTS[name])
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for samples in (24, 20, 30, 150):
+        assert_same(compiled, eager, samples)
+
+
+def assert_same(ours, expected, samples):
+    results = []
+    for function in (ours, expected):
+        leaves = [z.detach().float().requires_grad_() for z in views(samples, 140)]
+        loss = function(*leaves)
+        loss.backward()
+        results.append([loss.detach(), *(z.grad for z in leaves)])
+    for value, other in zip(*results, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
 
 
 def test_compiled_step_has_no_host_synchronisation():

@@ -31,7 +31,7 @@ FUNCTIONS = {
     "scatter": (covariance.scatter, [normal(2, 5, 3)]),
     "pooled_covariance": (
         lambda *z: covariance.pooled_loss(
-            z, [[0.2, 0.1, 0.3, 0.2], [0.0, 0.5, 0.1, 0.7]], (-1, 1.5), 0.7, logdet.Cholesky(), 5
+            z, [[0.2, 0.1, 0.3, 0.2], [0.0, 0.5, 0.1, 0.7]], (-1, 1.5), 0.7, logdet.Cholesky()
         )[0],
         [normal(2, 5, 3, seed=s) for s in range(4)],
     ),
@@ -50,7 +50,7 @@ FUNCTIONS = {
         for order in range(1, 8)
     },
     "pooled_covariance_series": (
-        lambda *z: covariance.pooled_loss(z, [[0.25, 0.25], [0.0, 0.5]], (-1, 1), 0.7, logdet.Series(3, 1.2), 5)[0],
+        lambda *z: covariance.pooled_loss(z, [[0.25, 0.25], [0.0, 0.5]], (-1, 1), 0.7, logdet.Series(3, 1.2))[0],
         [normal(5, 3, seed=s) for s in range(2)],
     ),
     "pooled_gram_series": (

@@ -85,10 +85,11 @@ class _PooledLoss(torch.autograd.Function):
         weights: Sequence[float],
         ridge: float | Tensor,
         log_det: LogDet,
-        count: int | Tensor,
+        total: Tensor | None,
         reduce: Reduce | None,
         *views: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        count = _count(views[0], total)
         mean = None if reduce is None else pooled_mean(views, count, reduce)
         rows, origin = contrasts(views, mean)
         products = _products(rows.mT, rows)
@@ -103,10 +104,10 @@ class _PooledLoss(torch.autograd.Function):
         log_dets, state = log_det.value([matrices], [0])
         loss = weighted_sum(log_dets, weights)
         ctx.save_for_backward(rows, moments, weight, variance, *state)
-        ctx.coefficients, ctx.weights, ctx.count, ctx.log_det, ctx.reduce = (
+        ctx.coefficients, ctx.weights, ctx.total, ctx.log_det, ctx.reduce = (
             coefficients,
             weights,
-            count,
+            total,
             log_det,
             reduce,
         )
@@ -125,7 +126,7 @@ class _PooledLoss(torch.autograd.Function):
         # The factors of F_j = w_j A_j^{-1} / 2 and of G_i = 2 sum_j c_ji dM_j cancel.
         transposed = [list(column) for column in zip(*ctx.coefficients, strict=True)]
         num_slices = variance.numel() // variance.shape[-1]
-        grad_products = _combine(grad_moments, transposed, ctx.count * num_slices)
+        grad_products = _combine(grad_moments, transposed, _count(rows, ctx.total) * num_slices)
         grad_products[0].div_(len(rows))
         if ctx.reduce is not None:
             grad_products = ctx.reduce(grad_products)
@@ -138,16 +139,16 @@ def pooled_loss(
     weights: Sequence[float],
     ridge: float | Tensor,
     log_det: LogDet,
-    count: int | Tensor,
+    total: Tensor | None = None,
     reduce: Reduce | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss (a scalar, in nats) and the log-determinants (m, S) or (m,) it is made of, of V views (S, N, k) or (N, k).
 
     ``coefficients`` (m, V) combine the second moments of the V contrasts into m matrices; the first is the covariance
-    that standardises all. ``weights`` (m) are those of the log-determinants in twice the loss. ``count`` samples, N or
-    with ``reduce`` those of all processes, share the statistics.
+    that standardises all. ``weights`` (m) are those of the log-determinants in twice the loss. With ``reduce``, the
+    ``total`` samples of all processes share the statistics.
     """
-    loss, log_dets = _PooledLoss.apply(coefficients, weights, ridge, log_det, count, reduce, *views)
+    loss, log_dets = _PooledLoss.apply(coefficients, weights, ridge, log_det, total, reduce, *views)
     return loss, log_dets
 
 
@@ -198,6 +199,13 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
     if left.ndim == 3:
         return torch.bmm(left, right)
     return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, left.shape[:2])
+
+
+def _count(rows: Tensor, total: Tensor | None) -> int | Tensor:
+    """The samples that share the statistics. N is taken from a tensor at hand, in the backward as in the forward: as
+    an argument it is, where batches differ, a symbol of the compiled graph around, which no Function can keep.
+    """
+    return rows.shape[-2] if total is None else total
 
 
 def _combine(matrices: Tensor, coefficients: Coefficients, divisor: float | Tensor) -> Tensor:
