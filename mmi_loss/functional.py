@@ -367,7 +367,7 @@ def _pooled(
     else:
         coefficients = [total, [1 / norms[0], 0.0], [0.0, 1 / norms[1]]]
     weights = OBJECTIVES[options.objective]
-    of_all_ranks = count if isinstance(count, Tensor) else None
+    of_all_ranks = None if reduce is None else count
     return covariance.pooled_loss(views, coefficients, weights, ridge, options.log_det(), of_all_ranks, reduce)
 
 

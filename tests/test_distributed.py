@@ -43,7 +43,7 @@ class Case(NamedTuple):
     num_views: int = 2
     dtype: torch.dtype = torch.float64
     autocast: bool = False
-
+    compiled: bool = False
     steps: int = 3
 
     @property
@@ -74,6 +74,7 @@ for _objective, (_route, (_options, _dim)) in itertools.product(OBJECTIVES, ROUT
         CASES[f"{_objective}, {_route}, autocast"] = Case(_all, _dim, dtype=torch.float32, steps=1, autocast=True)
     if _route in ("kronecker", "all features, Gram"):
         CASES[f"{_objective}, {_route}, reference"] = Case({**_all, "impl": "reference"}, _dim)
+CASES["content, kronecker, compiled"] = Case({"slice_dim": 16}, compiled=True)
 LIGHTNING = [
     "content, kronecker, cholesky",
     "exchangeable, all features, covariance, cholesky",
@@ -104,6 +105,8 @@ def make_criterion(case, gather):
     options = {**case.options, "gather_distributed": gather}
     if case.num_views == 2:
         module = MMILoss(**options)
+        if case.compiled and gather:  # "aot_eager" traces and differentiates as "inductor" does, without its compiler
+            module = torch.compile(module, fullgraph=True, backend="aot_eager")
         return lambda views, step: module(*views)
     return lambda views, step: functional.mmi_loss_multiview(views, step=step, **options)
 

@@ -85,7 +85,7 @@ class _PooledLoss(torch.autograd.Function):
         weights: Sequence[float],
         ridge: float | Tensor,
         log_det: LogDet,
-        total: Tensor | None,
+        total: int | Tensor | None,
         reduce: Reduce | None,
         *views: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -139,7 +139,7 @@ def pooled_loss(
     weights: Sequence[float],
     ridge: float | Tensor,
     log_det: LogDet,
-    total: Tensor | None = None,
+    total: int | Tensor | None = None,
     reduce: Reduce | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss (a scalar, in nats) and the log-determinants (m, S) or (m,) it is made of, of V views (S, N, k) or (N, k).
@@ -201,7 +201,7 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, left.shape[:2])
 
 
-def _count(rows: Tensor, total: Tensor | None) -> int | Tensor:
+def _count(rows: Tensor, total: int | Tensor | None) -> int | Tensor:
     """The samples that share the statistics. N is taken from a tensor at hand, in the backward as in the forward: as
     an argument it is, where batches differ, a symbol of the compiled graph around, which no Function can keep.
     """
