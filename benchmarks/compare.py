@@ -50,7 +50,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=list(BATCH_SIZES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="optimiser steps at N = 256, in place of each task's own")
-    parser.add_argument("--rate", type=float, help="one learning rate for all, in place of the grids")
+    parser.add_argument(
+        "--rates", nargs="+", type=float, metavar="RATE", help="try these in place of the grids, report each one's best"
+    )
     parser.add_argument("--workers", type=int, default=2, help="single-threaded processes")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder for results, report and cache")
     parser.add_argument("--report", action="store_true", help="only draw the report of finished runs")
@@ -61,10 +63,10 @@ def main(arguments: list[str]) -> None:
     """Tune, run what is missing, then show the tables and write the report."""
     options, console = parse(arguments), Console()
     results, rates = options.out / "compare.csv", options.out / "compare-rates.csv"
-    chosen = {} if options.rate else report.best_rates(environment.read(rates))
+    chosen = {} if options.rates else report.best_rates(environment.read(rates))
     if not options.report:
         try:
-            chosen = {} if options.rate else tune(options, rates, console)
+            chosen = {} if options.rates else tune(options, rates, console)
             for seeds in range(1, options.seeds + 1):
                 todo = contenders(cells(options, chosen, seeds), environment.read(results))
                 grid.run(todo, results, options.out / "cache", options.workers, console)
@@ -76,9 +78,11 @@ def main(arguments: list[str]) -> None:
     rows = [row for row in environment.read(results) if row["cell"] in wanted]
     if not rows:
         raise SystemExit(f"{results} has no finished runs to report")
+    rows = report.at_best_rates(rows)
     for table in report.tables(rows):
         console.print(table)
     console.print(f"map: {report.draw_map(rows, results.with_name('compare-map.png'))}")
+    console.print(f"accuracy over steps: {report.draw_steps(rows, results.with_name('compare-steps.png'))}")
     console.print(f"report: {report.write(rows, environment.read(rates), results.with_suffix('.html'))}")
 
 
@@ -106,24 +110,25 @@ def cells(options: argparse.Namespace, rates: dict[tuple[str, str], float], seed
                     if method in SECONDARY and (dim, batch_size) not in _cells_of_secondary(method):
                         continue
                     for task in options.tasks:
-                        rate = options.rate or rates.get((task, method), 0.0)
                         budget = steps(task, batch_size, options.steps)
-                        chosen.append(Cell(task, method, dim, batch_size, seed, rate, budget))
+                        tries = [] if method == grid.UNTRAINED else options.rates
+                        for rate in tries or [rates.get((task, method), 0.0)]:
+                            chosen.append(Cell(task, method, dim, batch_size, seed, rate, budget))
     return chosen
 
 
 def contenders(chosen: list[Cell], rows: list[report.Row]) -> list[Cell]:
     """The cells without the further seeds of baselines that are far behind the best one in their first."""
-    first = {(_size(c), c.method): c.key for c in chosen if c.seed == 0}
+    first = {(_size(c), c.method, c.learning_rate): c.key for c in chosen if c.seed == 0}
     scores = {row["cell"]: (float(row["knn"]) + float(row["linear"])) / 2 for row in rows}
     best: dict[tuple[str, int, int], float] = {}
-    for (size, method), key in first.items():
+    for (size, method, _), key in first.items():
         score = scores.get(key, math.nan)
         if method in report.BASELINES and not math.isnan(score):
             best[size] = max(best.get(size, 0.0), score)
 
     def is_behind(cell: Cell) -> bool:
-        score = scores.get(first[_size(cell), cell.method], math.inf)
+        score = scores.get(first[_size(cell), cell.method, cell.learning_rate], math.inf)
         return not score >= best.get(_size(cell), 0.0) - BEHIND  # divergence is a NaN
 
     return [c for c in chosen if c.seed == 0 or c.method not in report.BASELINES or not is_behind(c)]

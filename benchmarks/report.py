@@ -79,6 +79,16 @@ def best_rates(rows: Iterable[Row], cells: Iterable[grid.Cell] | None = None) ->
     return {which: max(tried)[1] for which, tried in scores.items()}
 
 
+def at_best_rates(rows: list[Row]) -> list[Row]:
+    """The rows of each task's and method's best rate in the first seed, where several were tried."""
+    first: dict[tuple[str, str], int] = {}
+    for row in rows:
+        which, seed = (row["task"], row["method"]), int(row["seed"])
+        first[which] = min(first.get(which, seed), seed)
+    best = best_rates(row for row in rows if int(row["seed"]) == first[row["task"], row["method"]])
+    return [row for row in rows if float(row["learning_rate"]) == best[row["task"], row["method"]]]
+
+
 class Results:
     """The rows of a comparison by cell, method and seed."""
 
@@ -146,6 +156,12 @@ def draw_map(rows: list[Row], path: Path) -> Path:
             if patches:
                 maps[name, task] = patches
     return plots.difference_maps(maps, path)
+
+
+def draw_steps(rows: list[Row], path: Path) -> Path:
+    """The picture of accuracy over steps."""
+    path.write_bytes(plots.steps_grid(rows, {row["method"]: title(row["method"]) for row in rows}))
+    return path
 
 
 def spread(values: Iterable[float]) -> str:

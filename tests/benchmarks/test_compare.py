@@ -149,7 +149,7 @@ def test_grid_in_worker_processes(tmp_path, monkeypatch):
 def test_compare_runs_and_reports(cache, tmp_path, capsys):
     (tmp_path / "cache").symlink_to(cache)
     arguments = ["--tasks", "latent", "--dims", "16", "32", "--batch-sizes", "64", "--seeds", "2", "--steps", "2"]
-    arguments += ["--workers", "1", "--rate", "2e-3", "--out", str(tmp_path)]
+    arguments += ["--workers", "1", "--rates", "2e-3", "--out", str(tmp_path)]
     core = ["--methods", "untrained", *compare.CORE]
     compare.main([*arguments, *core])
     rows = environment.read(tmp_path / "compare.csv")
@@ -161,10 +161,25 @@ def test_compare_runs_and_reports(cache, tmp_path, capsys):
     assert "VICReg" in page
     shown = capsys.readouterr().out
     assert "linear probe" in shown
-    assert (tmp_path / "compare-map.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("compare-map.png", "compare-steps.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "report:" in shown
     compare.main([*arguments, *core, "--report"])
     assert environment.read(tmp_path / "compare.csv") == rows
+
+
+def test_rates_named_are_all_run_and_the_best_reported():
+    options = compare.parse(["--rates", "1e-3", "4e-3", "--tasks", "latent", "--dims", "32", "--batch-sizes", "64"])
+    chosen = compare.cells(options, {}, 2)
+    assert {c.learning_rate for c in chosen if c.method == "mmi"} == {1e-3, 4e-3}
+    assert [c.learning_rate for c in chosen if c.method == "untrained"] == [0.0, 0.0]
+
+    def row(method, rate, seed, score):
+        return {"task": "t", "method": method, "learning_rate": rate, "seed": seed, "knn": score, "linear": score}
+
+    best = [row("mmi", "4e-3", "0", ".6"), row("vicreg_fast", "1e-3", "0", ".7"), row("mmi", "4e-3", "1", ".4")]
+    others = [row("mmi", "1e-3", "0", ".5"), row("vicreg_fast", "4e-3", "0", "nan"), row("mmi", "1e-3", "1", ".9")]
+    assert report.at_best_rates([*best, *others]) == best
 
 
 def test_every_method_runs(cache):
