@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,26 @@ def sum_constant(x: Tensor) -> Tensor:
     x = x.detach().clone()
     dist.all_reduce(x)
     return x
+
+
+class Shared(NamedTuple):
+    """What is known of a batch that processes share: its samples, a scalar, and the mean (..., 1, k) of each view."""
+
+    samples: Tensor
+    means: list[Tensor]
+
+
+def share(views: Sequence[Tensor]) -> Shared:
+    """From the views (..., N, k) of this rank, without gradient, in one reduction.
+
+    The count is NaN where it is less than 2: an error would need the host to wait for it; a NaN passes it on.
+    """
+    sums = [z.detach().sum(-2, keepdim=True) for z in views]
+    own_count = sums[0].new_full((1,), views[0].shape[-2])
+    sent = [*(x.flatten() for x in sums), own_count]
+    *totals, count = sum_constant(torch.cat(sent)).split([len(x) for x in sent])
+    count = count.masked_fill(count < 2, float("nan"))
+    return Shared(count[0], [total.view_as(x) / count for total, x in zip(totals, sums, strict=True)])
 
 
 class _Sum(torch.autograd.Function):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mmi_loss import distributed, reference
 from mmi_loss.diagnostics import mutual_information
+from mmi_loss.distributed import Shared
 from mmi_loss.ops import covariance, gram, registry, slices
 from mmi_loss.ops import logdet as logdets
 from mmi_loss.ops.contrasts import squared_norms
@@ -268,11 +269,10 @@ def _estimate_in_full_precision(views: Sequence[Tensor], step: int | Tensor, opt
     dtype = torch.float64 if any(z.dtype == torch.float64 for z in views) else torch.float32
     sliced = _slice(views, step, options, dtype)
     num_views, (samples, dim) = len(views), sliced[0].shape[-2:]
-    count: int | Tensor = samples
     if gather and (options.slice_dim is None or options.impl == "reference"):
         # Whether N < D is known only after counting, and the Gram route needs the embeddings themselves.
         sizes = distributed.batch_sizes(views[0])
-        count = samples = sum(sizes)
+        samples = sum(sizes)
         if samples < 2:
             raise ValueError(
                 f"z_a must hold at least 2 samples on all ranks together, got {sizes} on ranks 0 to {len(sizes) - 1}; "
@@ -282,15 +282,16 @@ def _estimate_in_full_precision(views: Sequence[Tensor], step: int | Tensor, opt
             sliced = [distributed.concatenate(z.movedim(-2, 0), sizes).movedim(0, -2) for z in sliced]
             gather = False
     elif gather:
-        count = distributed.sum_constant(sliced[0].new_full((), samples))
-        # An error would need the host to wait for the count; a NaN passes it on.
-        count.masked_fill_(count < 2, float("nan"))
         samples *= distributed.world_size()  # a guess: the warning is not worth a wait
     _warn_if_starved(options.objective, samples, dim)
-    ridge = options.noise_floor(dim, count, dtype)
-    pairs = [sliced] if options.objective == "content" else [list(pair) for pair in combinations(sliced, 2)]
-    estimates = [_route(pair, count, ridge, options, gather) for pair in pairs]
-    value, log_dets = estimates[0] if len(pairs) == 1 else _mean(estimates)
+    shared = distributed.share(sliced) if gather else None
+    ridge = options.noise_floor(dim, shared.samples if shared else samples, dtype)
+    groups = [range(num_views)] if options.objective == "content" else combinations(range(num_views), 2)
+    estimates = []
+    for group in groups:
+        of_group = shared and Shared(shared.samples, [shared.means[i] for i in group])
+        estimates.append(_route([sliced[i] for i in group], ridge, options, of_group))
+    value, log_dets = estimates[0] if len(estimates) == 1 else _mean(estimates)
     return _Estimate(value, log_dets, dim, ridge)
 
 
@@ -325,11 +326,8 @@ def _is_wide(objective: str, num_views: int, samples: int, dim: int) -> bool:
     return rows < dim
 
 
-def _route(views: list[Tensor], count: int | Tensor, ridge: float | Tensor, options: Options, gather: bool) -> Value:
-    """The loss from all features (N, D) or slices (S, N, k), and the log-determinants (m,) or (m, S).
-
-    ``count`` samples share the statistics: those of ``views``, with ``gather`` of all ranks.
-    """
+def _route(views: list[Tensor], ridge: float | Tensor, options: Options, shared: Shared | None) -> Value:
+    """The loss from all features (N, D) or slices (S, N, k), and the log-determinants (m,) or (m, S)."""
     num_views, (samples, dim) = len(views), views[0].shape[-2:]
     is_joint = options.objective == "joint"
     if options.impl == "reference":
@@ -338,9 +336,9 @@ def _route(views: list[Tensor], count: int | Tensor, ridge: float | Tensor, opti
         log_dets = reference.log_dets(stacked, options.objective, cast(float, ridge), order, options.beta)
         return logdets.weighted_sum(log_dets, OBJECTIVES[options.objective]), log_dets.detach()
     # The rows of the other ranks are not here: gathered statistics are covariances.
-    if gather or not _is_wide(options.objective, num_views, samples, dim):
+    if shared or not _is_wide(options.objective, num_views, samples, dim):
         covariance_route = _joint if is_joint else _pooled
-        return covariance_route(views, count, ridge, options, distributed.sum_constant if gather else None)
+        return covariance_route(views, ridge, options, shared)
     ridge = cast(float, ridge)  # no rank is left to count
     gram_route = _joint_gram if is_joint else _pooled_gram
     if views[0].ndim == 2:
@@ -351,13 +349,7 @@ def _route(views: list[Tensor], count: int | Tensor, ridge: float | Tensor, opti
     return torch.stack(values).mean(), torch.stack(log_dets_of_slices, dim=1)
 
 
-def _pooled(
-    views: list[Tensor],
-    count: int | Tensor,
-    ridge: float | Tensor,
-    options: Options,
-    reduce: covariance.Reduce | None,
-) -> Value:
+def _pooled(views: list[Tensor], ridge: float | Tensor, options: Options, shared: Shared | None) -> Value:
     """Covariance route of exchangeable views: they share one mean, one covariance, one symmetric cross-covariance."""
     num_views = len(views)
     norms = squared_norms(num_views)
@@ -366,25 +358,21 @@ def _pooled(
         coefficients = [total, [0.0, *(1 / ((num_views - 1) * norm) for norm in norms[1:])]]
     else:
         coefficients = [total, [1 / norms[0], 0.0], [0.0, 1 / norms[1]]]
-    weights = OBJECTIVES[options.objective]
-    of_all_ranks = None if reduce is None else count
-    return covariance.pooled_loss(views, coefficients, weights, ridge, options.log_det(), of_all_ranks, reduce)
+    arguments = coefficients, OBJECTIVES[options.objective], ridge, options.log_det()
+    if shared is None:
+        return covariance.pooled_loss(views, *arguments)
+    mean = torch.stack(shared.means).mean(0)
+    return covariance.pooled_loss(views, *arguments, distributed.sum_constant, shared.samples, mean)
 
 
-def _joint(
-    views: list[Tensor],
-    count: int | Tensor,
-    ridge: float | Tensor,
-    options: Options,
-    reduce: covariance.Reduce | None,
-) -> Value:
+def _joint(views: list[Tensor], ridge: float | Tensor, options: Options, shared: Shared | None) -> Value:
     """Covariance route of any two views, each with its own mean and variance."""
     z_a, z_b = (z if z.ndim == 3 else z[None] for z in views)
-    with torch.no_grad():
-        mean_a, mean_b = (covariance.pooled_mean([z], count, reduce) for z in (z_a, z_b))
+    count, means = shared or (z_a.shape[-2], [z.detach().mean(-2, keepdim=True) for z in (z_a, z_b)])
+    mean_a, mean_b = (mean.reshape(len(z_a), 1, -1) for mean in means)
     x_a, x_b = z_a - mean_a, z_b - mean_b
     scatters = torch.stack([covariance.scatter(x_a), covariance.cross_scatter(x_a, x_b), covariance.scatter(x_b)])
-    if reduce is not None:
+    if shared:
         scatters = distributed.all_reduce_sum(scatters)
     s_aa, s_ab, s_bb = scatters / count
     joint = torch.cat([torch.cat([s_aa, s_ab], -1), torch.cat([s_ab.mT, s_bb], -1)], -2)

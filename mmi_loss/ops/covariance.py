@@ -85,17 +85,16 @@ class _PooledLoss(torch.autograd.Function):
         weights: Sequence[float],
         ridge: float | Tensor,
         log_det: LogDet,
-        total: int | Tensor | None,
         reduce: Reduce | None,
+        total: Tensor | None,
+        mean: Tensor | None,
         *views: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        count = _count(views[0], total)
-        mean = None if reduce is None else pooled_mean(views, count, reduce)
         rows, origin = contrasts(views, mean)
         products = _products(rows.mT, rows)
         if reduce is not None:
             products = reduce(products)
-        moments = _combine(products, coefficients, count)
+        moments = _combine(products, coefficients, _count(rows, total))
         variance = add_variance_floor(moments[0].diagonal(dim1=-2, dim2=-1), origin.squeeze(-2))
         weight = _noise_weight(variance, ridge)
         moments.mul_(weight)
@@ -104,12 +103,12 @@ class _PooledLoss(torch.autograd.Function):
         log_dets, state = log_det.value([matrices], [0])
         loss = weighted_sum(log_dets, weights)
         ctx.save_for_backward(rows, moments, weight, variance, *state)
-        ctx.coefficients, ctx.weights, ctx.total, ctx.log_det, ctx.reduce = (
+        ctx.coefficients, ctx.weights, ctx.log_det, ctx.reduce, ctx.total = (
             coefficients,
             weights,
-            total,
             log_det,
             reduce,
+            total,
         )
         ctx.mark_non_differentiable(log_dets)
         return loss, log_dets
@@ -130,7 +129,7 @@ class _PooledLoss(torch.autograd.Function):
         grad_products[0].div_(len(rows))
         if ctx.reduce is not None:
             grad_products = ctx.reduce(grad_products)
-        return *(None,) * 6, *gradients_of_views(_products(rows, grad_products))
+        return *(None,) * 7, *gradients_of_views(_products(rows, grad_products))
 
 
 def pooled_loss(
@@ -139,16 +138,17 @@ def pooled_loss(
     weights: Sequence[float],
     ridge: float | Tensor,
     log_det: LogDet,
-    total: int | Tensor | None = None,
     reduce: Reduce | None = None,
+    total: Tensor | None = None,
+    mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss (a scalar, in nats) and the log-determinants (m, S) or (m,) it is made of, of V views (S, N, k) or (N, k).
 
     ``coefficients`` (m, V) combine the second moments of the V contrasts into m matrices; the first is the covariance
-    that standardises all. ``weights`` (m) are those of the log-determinants in twice the loss. With ``reduce``, the
-    ``total`` samples of all processes share the statistics.
+    that standardises all. ``weights`` (m) are those of the log-determinants in twice the loss. If processes share the
+    batch, ``reduce`` sums over them, ``total`` is its number of samples, and ``mean`` (S, 1, k) or (1, k) its pooled one.
     """
-    loss, log_dets = _PooledLoss.apply(coefficients, weights, ridge, log_det, total, reduce, *views)
+    loss, log_dets = _PooledLoss.apply(coefficients, weights, ridge, log_det, reduce, total, mean, *views)
     return loss, log_dets
 
 
@@ -201,7 +201,7 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, left.shape[:2])
 
 
-def _count(rows: Tensor, total: int | Tensor | None) -> int | Tensor:
+def _count(rows: Tensor, total: Tensor | None) -> int | Tensor:
     """The samples that share the statistics. N is taken from a tensor at hand, in the backward as in the forward: as
     an argument it is, where batches differ, a symbol of the compiled graph around, which no Function can keep.
     """
@@ -219,17 +219,6 @@ def _combine(matrices: Tensor, coefficients: Coefficients, divisor: float | Tens
         for matrix, weight in others:
             out.add_(matrix, alpha=weight)
     return combined.div_(divisor) if isinstance(divisor, Tensor) else combined
-
-
-def pooled_mean(views: Sequence[Tensor], count: int | Tensor, reduce: Reduce | None = None) -> Tensor:
-    """The mean (..., 1, k) of views (..., N, k), pooled over views, processes and their ``count`` samples.
-
-    To be taken as a constant: moments about the mean are stationary in it, its derivative vanishes.
-    """
-    total = views[0].sum(-2, keepdim=True)
-    for view in views[1:]:
-        total += view.sum(-2, keepdim=True)
-    return (total if reduce is None else reduce(total)).div_(len(views) * count)
 
 
 def add_variance_floor(variance: Tensor, mean: Tensor) -> Tensor:
