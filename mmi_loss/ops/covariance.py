@@ -146,7 +146,7 @@ def pooled_loss(
 
     ``coefficients`` (m, V) combine the second moments of the V contrasts into m matrices; the first is the covariance
     that standardises all. ``weights`` (m) are those of the log-determinants in twice the loss. If processes share the
-    batch, ``reduce`` sums over them, ``total`` is its number of samples, and ``mean`` (S, 1, k) or (1, k) its pooled one.
+    batch, ``reduce`` sums over them, ``total`` is its number of samples, ``mean`` (S, 1, k) or (1, k) its mean.
     """
     loss, log_dets = _PooledLoss.apply(coefficients, weights, ridge, log_det, reduce, total, mean, *views)
     return loss, log_dets
