@@ -34,7 +34,7 @@ COLOURS = {
 
 def accuracy_over_steps(rows: list[dict[str, str]], titles: dict[str, str], path: Path) -> Path:
     """KNN accuracy over steps and over seconds of training: the mean over seeds, with the range shaded."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, constrained_layout=True)
     for method, title in titles.items():
         histories = [json.loads(row["history"]) for row in rows if row["method"] == method]
         if not histories:
@@ -57,7 +57,7 @@ def accuracy_over_steps(rows: list[dict[str, str]], titles: dict[str, str], path
     axes[1].set(xlabel="seconds of training")
     for axis in axes:
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    _legend(figure, axes)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
