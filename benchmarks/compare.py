@@ -81,7 +81,9 @@ def main(arguments: list[str]) -> None:
     rows = report.at_best_rates(rows)
     for table in report.tables(rows):
         console.print(table)
-    console.print(f"map: {report.draw_map(rows, results.with_name('compare-map.png'))}")
+    console.print(
+        f"map: {report.draw_map(rows, results.with_name('compare-map.png')) or 'no baseline to compare with'}"
+    )
     console.print(f"accuracy over steps: {report.draw_steps(rows, results.with_name('compare-steps.png'))}")
     console.print(f"report: {report.write(rows, environment.read(rates), results.with_suffix('.html'))}")
 

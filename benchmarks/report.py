@@ -143,8 +143,8 @@ class Results:
         return interval([statistics.fmean(d) for d in by_seed.values() if len(d) == full])
 
 
-def draw_map(rows: list[Row], path: Path) -> Path:
-    """The picture of ours against the best baseline of every cell."""
+def draw_map(rows: list[Row], path: Path) -> Path | None:
+    """The picture of ours against the best baseline of every cell; none where there is no such pair."""
     results, maps = Results(rows), {}
     for metric, name in METRICS.items():
         for task in results.tasks:
@@ -155,7 +155,7 @@ def draw_map(rows: list[Row], path: Path) -> Path:
                     patches[cell[1:]] = plots.Patch(best[1].mean, best[1].verdict, title(best[0]))
             if patches:
                 maps[name, task] = patches
-    return plots.difference_maps(maps, path)
+    return plots.difference_maps(maps, path) if maps else None
 
 
 def draw_steps(rows: list[Row], path: Path) -> Path:

@@ -164,7 +164,8 @@ def test_compare_runs_and_reports(cache, tmp_path, capsys):
     for name in ("compare-map.png", "compare-steps.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "report:" in shown
-    compare.main([*arguments, *core, "--report"])
+    for methods in (core, ["--methods", "mmi"], ["--methods", "simclr"]):
+        compare.main([*arguments, *methods, "--report"])
     assert environment.read(tmp_path / "compare.csv") == rows
 
 
