@@ -141,14 +141,21 @@ def _middle(rows: list[Row]) -> tuple[int, int]:
 
 
 def steps_grid(rows: list[Row], titles: dict[str, str]) -> bytes:
-    """KNN accuracy over steps: a column per batch size, a row per task, at the middle width."""
+    """KNN accuracy over steps at the middle width: a column per batch size and a row per task; tasks side by side
+    where there is one size.
+    """
     dim, tasks = _middle(rows)[0], _tasks(rows)
     sizes = sorted({_sizes(row)[1] for row in rows if row["method"] == "mmi"} or {_sizes(row)[1] for row in rows})
+    rows_of_axes, columns = (len(tasks), len(sizes)) if len(sizes) > 1 else (1, len(tasks))
     figure, axes = plt.subplots(
-        len(tasks), len(sizes), figsize=(3.6 * len(sizes) + 1.8, 2.7 * len(tasks)), layout="constrained", squeeze=False
+        rows_of_axes,
+        columns,
+        figsize=(3.6 * columns + 1.8, 2.7 * rows_of_axes),
+        layout="constrained",
+        squeeze=False,
     )
-    for i, task in enumerate(tasks):
-        for axis, n in zip(axes[i], sizes, strict=True):
+    for task, axes_of_task in zip(tasks, axes.reshape(len(tasks), len(sizes)), strict=True):
+        for axis, n in zip(axes_of_task, sizes, strict=True):
             untrained: list[float] = []
             for method in titles:
                 found = [r for r in rows if (r["task"], r["method"], *_sizes(r)) == (task, method, dim, n)]
@@ -167,7 +174,8 @@ def steps_grid(rows: list[Row], titles: dict[str, str]) -> bytes:
             axis.set_title(f"{task}, D = {dim}, N = {n}", fontsize=10)
             axis.grid(alpha=0.3)
             _untrained(axis, untrained)
-        axes[i, 0].set_ylabel("kNN accuracy")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("kNN accuracy")
     for axis in axes[-1]:
         axis.set_xlabel("optimiser steps")
     _legend(figure, axes)
