@@ -116,7 +116,7 @@ def test_covariance_and_gram_routes_agree(shape, seed, objective, num_views, log
     if objective == "joint":
 
         def covariance(pair):
-            return functional._joint(pair, shape[0], ridge, options, None)[0]
+            return functional._joint(pair, ridge, options, None)[0]
 
         def gram(pair):
             return functional._joint_gram(pair, ridge, options)[0]
@@ -124,7 +124,7 @@ def test_covariance_and_gram_routes_agree(shape, seed, objective, num_views, log
     else:
 
         def covariance(pair):
-            return functional._pooled(pair, shape[0], ridge, options, None)[0]
+            return functional._pooled(pair, ridge, options, None)[0]
 
         def gram(pair):
             return functional._pooled_gram(pair, ridge, options)[0]
