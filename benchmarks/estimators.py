@@ -6,6 +6,7 @@ compare there.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -156,7 +157,9 @@ class Annealed(Plain):
 
     def ridge(self, a: Tensor) -> float:
         progress = min(float(self.step) / self.steps, 1.0)
-        return a.shape[1] / min(self.start * (self.end / self.start) ** progress, len(a))
+        snr = self.start * (self.end / self.start) ** progress
+        moved = dataclasses.replace(self.options, snr=snr, ridge=None)
+        return float(moved.noise_floor(a.shape[1], len(a), a.dtype))
 
 
 class Weighted(Plain):
