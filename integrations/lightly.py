@@ -17,7 +17,9 @@ Stand-alone::
 
 from __future__ import annotations
 
+import contextlib
 import math
+import warnings
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -186,26 +188,41 @@ class MMIDiagnostics(Callback):
     views too; the other steps do not know of it. Logged, from a fixed random slice of at most 64 dimensions, eight
     samples of this device's batch for each:
 
-    - ``mmi/mutual_information``: I(Z; Z') in nats, bias-corrected; it may be slightly negative.
-    - ``mmi/entropy_a``, ``mmi/entropy_b``, ``mmi/joint_entropy``: of the standardised slice seen through the loss's
-      noise floor, in nats.
-    - ``mmi/min_canonical_correlation``: the smallest between the views' slices.
-    - ``mmi/effective_rank``: of the whole projection of the first view, between 0 and min(N, D).
+    - ``mmi/mutual_information``: I(Z; Z') in nats, bias-corrected; it may be slightly negative. 0 at collapse.
+    - ``mmi/entropy_a``, ``mmi/entropy_b``, ``mmi/conditional_entropy``: of the first view, of the second, and of the
+      first given the second; of the standardised slice seen through the loss's noise floor, in nats.
+    - ``mmi/min_canonical_correlation``: the smallest between the views' slices. NaN at collapse, which has none.
+    - ``mmi/effective_rank``: of the whole projection of the first view, between 0 and min(N - 1, D). 0 at collapse.
+
+    No projections end a run. Every measured step logs all six, and what cannot be measured is NaN: of fewer than eight
+    samples, of views of unequal length, of NaN or infinite projections, and where the value is infinite, as the mutual
+    information of equal views is. A step in which the head gave not two (N, D) projections logs nothing; the first
+    such step warns.
 
     Args:
         every_n_steps: How often. A measurement waits for the device.
 
     Raises:
-        ValueError: ``every_n_steps`` is below 1; the module has no ``projection_head``, or it saw not two views.
+        ValueError: ``every_n_steps`` is below 1; or, before the run, the module has no ``projection_head``.
     """
+
+    MEASURES = (
+        "mutual_information",
+        "entropy_a",
+        "entropy_b",
+        "conditional_entropy",
+        "min_canonical_correlation",
+        "effective_rank",
+    )
 
     def __init__(self, every_n_steps: int = 100) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self._criterion = MMILoss(objective="joint", slice_dim=None)
-        self._outputs: list[Tensor] = []
+        self._outputs: list[Tensor] | None = None
         self._listener: Any = None
+        self._has_warned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(getattr(pl_module, "projection_head", None), nn.Module):
@@ -214,39 +231,74 @@ class MMIDiagnostics(Callback):
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._stop_listening()  # to an earlier batch that came to no end
+        self._outputs = None
         if trainer.global_step % self.every_n_steps == 0:
-            self._outputs.clear()
             head: nn.Module = pl_module.projection_head  # type: ignore[assignment]
-            self._listener = head.register_forward_hook(lambda module, x, z: self._outputs.append(z.detach()))
+            self._outputs = []
+            self._listener = head.register_forward_hook(self._listen)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._stop_listening()  # activation checkpointing calls the head again in backward
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self._listener is None:
+        self._stop_listening()
+        outputs, self._outputs = self._outputs, None
+        if outputs is None:
             return
-        self._listener.remove()
-        self._listener = None
-        views = list(self._outputs[0].chunk(2) if len(self._outputs) == 1 else self._outputs)
-        if len(views) != 2:
-            raise ValueError(f"MMIDiagnostics needs projections of two views, got {len(views)}")
-        measured = self.measure(views[0], views[1])
-        self._outputs.clear()
-        pl_module.log_dict(measured, sync_dist=True, batch_size=len(views[0]))
+        views = outputs
+        if len(outputs) == 1 and outputs[0].ndim > 0:
+            views = list(outputs[0].tensor_split(2))  # always two, where chunk makes one of a single row
+        if len(views) == 2 and views[0].ndim == views[1].ndim == 2:
+            measured = self.measure(views[0], views[1])
+            pl_module.log_dict(measured, sync_dist=True, batch_size=max(1, len(views[0])))
+        elif not self._has_warned:
+            self._has_warned = True
+            shapes = [tuple(z.shape) for z in outputs]
+            warnings.warn(
+                "MMIDiagnostics logs nothing: it measures (N, D) projections of two views, which projection_head gives "
+                f"in two calls or in the halves of one, and in this step it gave {shapes}",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def measure(self, z_a: Tensor, z_b: Tensor) -> dict[str, Tensor]:
-        """The logged values of two (N, D) projections, N >= 8."""
-        n, dim = z_a.shape
-        if n < SAMPLES_PER_DIM:
-            raise ValueError(f"MMIDiagnostics needs at least {SAMPLES_PER_DIM} samples per batch and device, got {n}")
-        measured_dim = min(MAX_MEASURED_DIM, dim, n // SAMPLES_PER_DIM)
-        directions = torch.randn(dim, measured_dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        y_a, y_b = (z.double().cpu() @ directions for z in (z_a, z_b))
-        parts = self._criterion.forward_components(y_a, y_b)
-        values = {
-            "mutual_information": diagnostics.mutual_information(y_a, y_b),
-            "entropy_a": parts.entropy_a,
-            "entropy_b": parts.entropy_b,
-            "joint_entropy": parts.joint_entropy,
-            "min_canonical_correlation": diagnostics.canonical_correlations(y_a, y_b).amin(),
-            "effective_rank": diagnostics.effective_rank(z_a.float()),
+        """The logged values of two (N, D) projections: float32 scalars, NaN for what cannot be measured."""
+        values = dict.fromkeys(self.MEASURES, math.nan)
+        if z_a.ndim == z_b.ndim == 2 and len(z_a) == len(z_b) >= SAMPLES_PER_DIM:
+            with contextlib.suppress(ValueError, torch.linalg.LinAlgError):
+                values["effective_rank"] = float(diagnostics.effective_rank(z_a))
+            with contextlib.suppress(ValueError, torch.linalg.LinAlgError):
+                values |= self._measure_slices(z_a, z_b)
+        return {
+            f"mmi/{name}": torch.tensor(value if math.isfinite(value) else math.nan, device=z_a.device)
+            for name, value in values.items()
         }
-        return {f"mmi/{name}": value.float().to(z_a.device) for name, value in values.items()}
+
+    def _measure_slices(self, z_a: Tensor, z_b: Tensor) -> dict[str, float]:
+        measured_dim = min(MAX_MEASURED_DIM, z_a.shape[1], z_b.shape[1], len(z_a) // SAMPLES_PER_DIM)
+        y_a, y_b = (self._slice(z, measured_dim) for z in (z_a, z_b))
+        parts = self._criterion.forward_components(y_a.double(), y_b.double())
+        return {
+            "mutual_information": float(diagnostics.mutual_information(y_a, y_b)),
+            "entropy_a": float(parts.entropy_a),
+            "entropy_b": float(parts.entropy_b),
+            "conditional_entropy": float(parts.conditional_entropy),
+            "min_canonical_correlation": min(diagnostics.canonical_correlations(y_a, y_b).tolist(), default=math.nan),
+        }
+
+    @staticmethod
+    def _slice(z: Tensor, measured_dim: int) -> Tensor:
+        """Fixed random directions of z, stored no finer than z is: what rounding made of it must not pass for rank."""
+        generator = torch.Generator().manual_seed(0)
+        directions = torch.randn(z.shape[1], measured_dim, generator=generator, dtype=torch.float64)
+        return (z.double().cpu() @ directions).to(torch.promote_types(z.dtype, torch.float32))
+
+    def _listen(self, head: nn.Module, inputs: Any, output: Any) -> None:
+        if self._outputs is not None and isinstance(output, Tensor):
+            self._outputs.append(output.detach())
+
+    def _stop_listening(self) -> None:
+        if self._listener is not None:
+            self._listener.remove()
+            self._listener = None

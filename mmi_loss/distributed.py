@@ -3,102 +3,112 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mmi_loss.ops.autograd import closed_form
+from mmi_loss.ops.covariance import Shared
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
-def is_active() -> bool:
+def is_active(group: ProcessGroup | None) -> bool:
     """Whether there is more than this process to reduce over."""
-    return dist.is_available() and dist.is_initialized() and world_size() > 1
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
-def world_size() -> int:
-    """The number of ranks of the default process group."""
-    return dist.get_world_size()
-
-
-def sum_constant(x: Tensor) -> Tensor:
-    """The sum of ``x`` over all ranks, without gradient."""
+def sum_constant(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The sum of ``x`` over all ranks of the group, without gradient."""
     x = x.detach().clone()
-    dist.all_reduce(x)
+    dist.all_reduce(x, group=group)
     return x
 
 
-class Shared(NamedTuple):
-    """What is known of a batch that processes share: its samples, a scalar, and the mean (..., 1, k) of each view."""
-
-    samples: Tensor
-    means: list[Tensor]
-
-
-def share(views: Sequence[Tensor]) -> Shared:
+def share(views: Sequence[Tensor], fingerprints: Sequence[int | Tensor], group: ProcessGroup | None) -> Shared:
     """From the views (..., N, k) of this rank, without gradient, in one reduction.
 
-    The count is NaN where it is less than 2: an error would need the host to wait for it; a NaN passes it on.
+    ``fingerprints`` are 32-bit integers that must be the same on all ranks, or the ranks compute different losses. With
+    the sums travel their bits: where each is set on no rank or on all, all ranks hold the same.
+
+    The count is NaN where it is less than 2, or the ranks disagree: an error would need the host to wait for it; a NaN
+    passes it on. On the CPU, where nothing waits, disagreement is an error on every rank.
+
+    Raises:
+        RuntimeError: The ranks disagree (CPU, eager mode).
     """
     sums = [z.detach().sum(-2, keepdim=True) for z in views]
+    shifts = torch.arange(32, device=views[0].device)
+    bits = [(fingerprint >> shifts) & 1 for fingerprint in fingerprints]
     own_count = sums[0].new_full((1,), views[0].shape[-2])
-    sent = [*(x.flatten() for x in sums), own_count]
-    *totals, count = sum_constant(torch.cat(sent)).split([len(x) for x in sent])
-    count = count.masked_fill(count < 2, float("nan"))
-    return Shared(count[0], [total.view_as(x) / count for total, x in zip(totals, sums, strict=True)])
+    sent = [*(x.flatten() for x in sums), own_count, torch.cat(bits).to(sums[0].dtype)]
+    *totals, count, agreed = sum_constant(torch.cat(sent), group).split([len(x) for x in sent])
+    disagree = (agreed != 0) & (agreed != dist.get_world_size(group))
+    if views[0].device.type == "cpu" and not torch.compiler.is_compiling() and bool(disagree.any()):
+        _explain(disagree.view(-1, 32).any(1).tolist())
+    count = count.masked_fill((count < 2) | disagree.any(), float("nan"))
+    means = [total.view_as(x) / count for total, x in zip(totals, sums, strict=True)]
+    return Shared(count[0], means, partial(sum_constant, group=group))
 
 
-class _Sum(torch.autograd.Function):
-    """y = sum_r x_r on every rank. What is differentiated is the sum of all ranks' losses, so dx = sum_r dy_r.
-
-    Every rank computes the same loss L from y, so a rank's gradient is world_size * dL/dz_r, and DDP's average
-    over ranks of the parameter gradients is the gradient of L on the concatenated batch.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return sum_constant(x)
-
-    @staticmethod
-    @closed_form
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return sum_constant(grad.contiguous())
-
-
-def all_reduce_sum(x: Tensor) -> Tensor:
-    """The sum of ``x`` over all ranks; its gradient is summed over all ranks too."""
-    result: Tensor = _Sum.apply(x)
-    return result
+def _explain(is_different: list[bool]) -> None:
+    options_differ, slices_differ = is_different
+    what = "options of the loss, or the number or width of its views," if options_differ else "step counter or seed"
+    raise RuntimeError(
+        f"the {what} differ between ranks, so that they would train on different losses. "
+        + (
+            "Construct MMILoss alike on every rank."
+            if options_differ and not slices_differ
+            else "Call the loss equally often on every rank, and load the same checkpoint on all of them; "
+            "`loss.step.fill_(n)` with one n on all ranks sets the counters right."
+        )
+    )
 
 
 class _Concatenate(torch.autograd.Function):
-    """The rows of all ranks, in rank order; the gradient of a rank's own rows is summed over all ranks."""
+    """The rows of all ranks, in rank order. What is differentiated is the sum of all ranks' losses, so the gradient of
+    a rank's own rows is summed over all ranks.
+
+    Every rank computes the same loss L, so a rank's gradient is world_size * dL/dz_r, and DDP's average over ranks of
+    the parameter gradients is the gradient of L on the concatenated batch.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int]) -> Tensor:
-        ctx.start, ctx.size = sum(sizes[: dist.get_rank()]), x.shape[0]
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: ProcessGroup | None) -> Tensor:
+        ctx.start, ctx.size, ctx.group = sum(sizes[: dist.get_rank(group)]), x.shape[0], group
         padded = x.new_zeros((max(sizes), *x.shape[1:]))
         padded[: x.shape[0]] = x
         gathered = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(gathered, padded)
+        dist.all_gather(gathered, padded, group=group)
         return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
 
     @staticmethod
     @closed_form
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return sum_constant(grad.contiguous())[ctx.start : ctx.start + ctx.size], None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        total = sum_constant(grad.contiguous(), ctx.group)
+        return total[ctx.start : ctx.start + ctx.size], None, None
 
 
-def batch_sizes(x: Tensor) -> list[int]:
-    """The number of rows of every rank. It waits for the device: the sizes of what follows depend on it."""
-    size = torch.tensor([x.shape[0]], device=x.device)
-    sizes = [torch.empty_like(size) for _ in range(world_size())]
-    dist.all_gather(sizes, size)
-    return [int(s) for s in torch.cat(sizes).tolist()]
+def batch_sizes(x: Tensor, fingerprint: int, group: ProcessGroup | None) -> list[int]:
+    """The number of rows of every rank. It waits for the device: the sizes of what follows depend on it.
+
+    Raises:
+        RuntimeError: ``fingerprint`` differs between ranks.
+    """
+    own = torch.tensor([x.shape[0], fingerprint], device=x.device)
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, own, group=group)
+    sizes, fingerprints = torch.stack(gathered).T.tolist()
+    if any(other != fingerprint for other in fingerprints):
+        _explain([True, False])
+    return sizes
 
 
-def concatenate(x: Tensor, sizes: list[int]) -> Tensor:
+def concatenate(x: Tensor, sizes: list[int], group: ProcessGroup | None) -> Tensor:
     """The rows of all ranks, (sum of sizes, D), for the estimators that need whole embeddings."""
-    result: Tensor = _Concatenate.apply(x, sizes)
+    result: Tensor = _Concatenate.apply(x, sizes, group)
     return result

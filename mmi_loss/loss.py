@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mmi_loss import functional
-from mmi_loss.functional import (
-    DEFAULT_BETA,
-    DEFAULT_NUM_SLICES,
-    DEFAULT_ORDER,
-    DEFAULT_SLICE_DIM,
-    DEFAULT_SNR,
-    MMIComponents,
-    Options,
-)
+from mmi_loss.checks import views_of_call
+from mmi_loss.functional import MMIComponents
+from mmi_loss.options import Options, OptionTypes, shows_options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class MMILoss(nn.Module):
@@ -83,88 +81,118 @@ class MMILoss(nn.Module):
     """
 
     step: Tensor
+    """The calls so far, a scalar; it determines the slices. ``loss.step.fill_(n)`` sets it."""
 
-    def __init__(
-        self,
-        objective: str = "content",
-        slice_dim: int | None = DEFAULT_SLICE_DIM,
-        num_slices: int = DEFAULT_NUM_SLICES,
-        seed: int = 0,
-        snr: float | None = DEFAULT_SNR,
-        ridge: float | None = None,
-        logdet: str = "cholesky",
-        order: int = DEFAULT_ORDER,
-        beta: float = DEFAULT_BETA,
-        gather_distributed: bool = False,
-        impl: str = "auto",
-        slice_kind: str = "kronecker",
-    ) -> None:
+    @shows_options
+    def __init__(self, **options: Unpack[OptionTypes]) -> None:
         super().__init__()
-        self.options = Options(
-            objective,
-            slice_dim,
-            num_slices,
-            seed,
-            snr,
-            ridge,
-            logdet,
-            order,
-            beta,
-            gather_distributed,
-            impl,
-            slice_kind,
-        )
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.options = Options(**options)
+        # Not among the tensors of the state_dict, so that a run may exchange its criterion: see _save_to_state_dict.
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)
 
     @classmethod
-    def paper(cls, **options: Any) -> MMILoss:
+    def paper(cls, **options: Unpack[OptionTypes]) -> MMILoss:
         """The paper's loss as we read it: its general expression on all features, with the fourth-order series.
 
         Behind a projector wider than an eighth of the batch it fails quietly (the README shows it); keyword
         arguments change single options.
         """
-        return cls(**{"objective": "joint", "slice_dim": None, "logdet": "taylor", "order": 4, **options})
+        given: OptionTypes = {"objective": "joint", "slice_dim": None, "logdet": "taylor", "order": 4}
+        given.update(options)
+        return cls(**given)
 
-    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        """The loss of (N, D) and (N, D) embeddings: a scalar, minus the mutual information in nats."""
-        loss = functional.loss([z_a, z_b], self._step_on(z_a), self.options)
-        self._advance()
+    def forward(
+        self,
+        z_a: Tensor | Sequence[Tensor] | None = None,
+        z_b: Tensor | None = None,
+        *,
+        local_proj: Tensor | None = None,
+        global_proj: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, a scalar: minus the mutual information in nats.
+
+        Takes two views ``(z_a, z_b)``, (N, D) each; a list of V views or a stacked (V, N, D) tensor as ``z_a`` alone;
+        or multi-crop's ``local_proj=`` and ``global_proj=``, (V, N, D) each, all of whose views count alike.
+        """
+        is_pair = isinstance(z_a, Tensor) and isinstance(z_b, Tensor)
+        views = (z_a, z_b) if is_pair else views_of_call(z_a, z_b, local_proj, global_proj)
+        step = self._step_on(views[0])
+        loss = functional.loss(views, step, self.options)
+        if self.training and step is self.step:
+            step.add_(1)
         return loss
 
-    def forward_components(self, z_a: Tensor, z_b: Tensor) -> MMIComponents:
-        """The loss with the entropies it is made of, for logging; see :class:`MMIComponents`."""
-        components = functional.components([z_a, z_b], self._step_on(z_a), self.options)
-        self._advance()
+    def forward_components(
+        self,
+        z_a: Tensor | Sequence[Tensor] | None = None,
+        z_b: Tensor | None = None,
+        *,
+        local_proj: Tensor | None = None,
+        global_proj: Tensor | None = None,
+    ) -> MMIComponents:
+        """The loss in place of :meth:`forward`, with the entropies it is made of, of the same slice, for logging.
+
+        The call counts as one; see :class:`MMIComponents`.
+        """
+        views = views_of_call(z_a, z_b, local_proj, global_proj)
+        step = self._step_on(views[0])
+        components = functional.components(views, step, self.options)
+        if self.training and step is self.step:
+            step.add_(1)
         return components
 
     def extra_repr(self) -> str:
         """The options."""
-        shown = vars(self.options)
-        if self.options.logdet != "taylor":
-            shown = {name: value for name, value in shown.items() if name not in ("order", "beta")}
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        return repr(self.options)
 
     def _step_on(self, z: Tensor) -> Tensor:
-        """The step counter on the embeddings' device: criteria are rarely moved there."""
-        self._leave_inference_mode()
+        """The step of this call, on the embeddings' device: criteria are rarely moved there.
+
+        It is the counter itself, which then counts the call; or another tensor, if the call is one that was made
+        before: activation checkpointing runs the forward again, from within the backward. The last call is the first to
+        be run again, the one before it the second.
+        """
+        if torch.compiler.is_compiling():  # which can ask none of the following
+            return self.step
+        if self.step.is_inference() and not torch.is_inference_mode_enabled():
+            # Made or moved in inference mode it cannot change outside it; a copy made outside can.
+            self.step = self.step.clone()
         if isinstance(z, Tensor) and self.step.device != z.device:
             self.step = self.step.to(z.device)
-        return self.step
+        backward = torch._C._current_graph_task_id()
+        if backward == -1 or not self.training:
+            return self.step
+        last, count = self._recomputed
+        self._recomputed = backward, count + 1 if backward == last else 1
+        return self.step - self._recomputed[1]
 
-    def _advance(self) -> None:
-        """Count a step of training. The counter is a tensor so that compiled and captured graphs advance it too."""
-        if self.training:
-            self.step.add_(1)
+    _recomputed = -1, 0
+    """The backward pass in which a forward was last run again, and how many were."""
 
-    def _leave_inference_mode(self) -> None:
-        """A counter made or moved in inference mode cannot change outside it; a copy made outside can."""
-        if torch.compiler.is_compiling():  # which cannot ask
-            return
-        if self.step.is_inference() and not torch.is_inference_mode_enabled():
-            self.step = self.step.clone()
+    def _apply(self, fn: Any, recurse: bool = True) -> MMILoss:
+        """``to_empty`` leaves tensors uninitialised: the counter keeps its value, or starts at 0 after meta."""
+        before = self.step
+        super()._apply(fn, recurse)
+        if self.step is not before and not self.step.is_meta:
+            with torch.no_grad():
+                self.step.zero_() if before.is_meta else self.step.copy_(before)
+        return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        self._leave_inference_mode()
-        # A checkpoint of a criterion without state: keep counting from here.
-        state_dict.setdefault(prefix + "step", self.step)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """The counter is saved in the metadata of the state_dict, beside the module's version.
+
+        As a tensor of its own it would make a strict load fail wherever the other criterion has none. Formats that
+        keep tensors only (safetensors, torch.distributed.checkpoint) lose it: the slices then start again.
+        """
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata") and not self.step.is_meta:
+            destination._metadata[prefix[:-1]]["step"] = int(self.step)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        if "step" in local_metadata:
+            if self.step.is_inference():
+                self.step = self.step.clone()
+            self.step.fill_(local_metadata["step"])

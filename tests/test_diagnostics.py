@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mmi_loss import diagnostics
 from tests import oracle
@@ -60,12 +62,13 @@ def test_spurious_information_of_the_design():
 
 def test_singular_estimates_are_refused():
     z = torch.randn(12, 6)
-    with pytest.raises(ValueError, match=r"12 samples of 6 \+ 6 features.*singular"):
+    with pytest.raises(ValueError, match=r"12 samples of 6 \+ 6 independent features.*singular.*use more samples"):
         diagnostics.mutual_information(z, z)
-    with pytest.raises(ValueError, match=r"as many rows.*\(12, 6\) and \(6, 6\)"):
-        diagnostics.mutual_information(z, z[:6])
-    with pytest.raises(ValueError, match=r"z_b must be floating point of shape \(N, D\)"):
-        diagnostics.mutual_information(z, z[0])
+    with pytest.raises(ValueError, match="1 samples of 0"):
+        diagnostics.mutual_information(z[:1], z[:1])
+    with pytest.raises(ValueError, match=r"12 samples of 6 \+ 6"):
+        diagnostics.spurious_information(12, 6, 6)
+    assert math.isfinite(diagnostics.mutual_information(torch.randn(12, 6), torch.randn(12, 5)))
 
 
 def test_effective_rank():
@@ -109,3 +112,241 @@ def test_shape_adds_the_constant():
     assert difference.item() == pytest.approx(diagnostics.generalised_gaussian_constant(3, 3, 0.7))
     with pytest.raises(ValueError, match="shape must be positive"):
         diagnostics.mutual_information(*pair, shape=0.0)
+    with pytest.raises(ValueError, match="shape must be positive and finite"):
+        diagnostics.mutual_information(*pair, shape=math.inf)
+
+
+# At collapse
+
+
+def noisy_constant(dtype):
+    """A constant but for the last bit, as the rows of one matrix product may differ."""
+    constant = torch.full((64, 8), 0.3, dtype=dtype)
+    up = torch.rand(64, 8, generator=torch.Generator().manual_seed(0)) < 0.5
+    return torch.where(up, constant.nextafter(torch.ones((), dtype=dtype)), constant)
+
+
+CONSTANTS = {
+    "a third": torch.full((64, 8), 0.3, dtype=torch.float64),
+    "a third in float32": torch.full((64, 8), 0.3),
+    "a third in bfloat16": torch.full((64, 8), 0.3, dtype=torch.bfloat16),
+    "one row repeated": torch.randn(1, 8, generator=torch.Generator().manual_seed(0)).expand(61, 8) * 1e7,
+    "zeros": torch.zeros(64, 8),
+    "the largest number": torch.full((64, 8), torch.finfo(torch.float64).max, dtype=torch.float64),
+    "the smallest number": torch.full((64, 8), 5e-324, dtype=torch.float64),
+    "a last bit of noise": noisy_constant(torch.float64),
+    "a last bit of noise in float32": noisy_constant(torch.float32),
+    "one sample": torch.randn(1, 8),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constant_views_hold_nothing(name):
+    z = CONSTANTS[name]
+    other = torch.randn(len(z), 5, generator=torch.Generator().manual_seed(1))
+    assert diagnostics.effective_rank(z).item() == 0
+    for pair in ((z, z), (z, other), (other, z)):
+        assert diagnostics.canonical_correlations(*pair).shape == (0,)
+        if len(z) > 1:
+            for options in ({}, {"bias_correction": False}, {"shape": 0.7}):
+                value = diagnostics.mutual_information(*pair, **options).item()
+                assert str(value) == "0.0"  # not -0.0
+
+
+def deficient(z, kind):
+    """More features, none of them new."""
+    mixing = torch.randn(z.shape[1], 8, dtype=z.dtype, generator=torch.Generator().manual_seed(5))
+    return {
+        "dead": lambda: torch.cat([z, torch.full((len(z), 30), 0.3, dtype=z.dtype)], 1),
+        "duplicated": lambda: torch.cat([z] * 10, 1),
+        "rescaled": lambda: torch.cat([z, 3 * z + 1, 1e-3 * z] * 3, 1),
+        "combined": lambda: torch.cat([z, z @ mixing] * 4, 1),
+    }[kind]()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["dead", "duplicated", "rescaled", "combined"])
+def test_features_count_by_rank(kind, dtype):
+    """More features than samples, four of them independent: all measures are those of the four."""
+    z_a, z_b = (z.detach() for z in views(30, 4, dtype))
+    wide_a, wide_b = deficient(z_a, kind), deficient(z_b, kind)
+    assert wide_a.shape[1] > 30
+    torch.testing.assert_close(
+        diagnostics.canonical_correlations(wide_a, wide_b),
+        diagnostics.canonical_correlations(z_a, z_b),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    for options in ({}, {"bias_correction": False}, {"shape": 0.7}):
+        narrow = diagnostics.mutual_information(z_a, z_b, **options).item()
+        assert diagnostics.mutual_information(wide_a, wide_b, **options).item() == pytest.approx(narrow, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dead", "duplicated", "combined"])
+def test_bias_correction_is_unbiased_of_deficient_views(kind):
+    """Independent views with features that count nothing: correcting for their number is off by more than 0.5."""
+    generator = torch.Generator().manual_seed(0)
+    values = []
+    for _ in range(200):
+        z_a = deficient(torch.randn(40, 4, generator=generator), kind)[:, :12]
+        values.append(diagnostics.mutual_information(z_a, torch.randn(40, 8, generator=generator)).item())
+    assert abs(np.mean(values)) < 4 * np.std(values) / math.sqrt(len(values)) < 0.15
+
+
+@pytest.mark.parametrize("n", [9, 40, 512])
+def test_dependent_views_have_infinite_information(n):
+    """The mathematical value, and not what the rounding of 1 - rho^2 leaves of it."""
+    dim = min(4, (n - 1) // 2)
+    z = torch.randn(n, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) + 2
+    mixing = torch.randn(dim, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for other in (z, z.float(), -3 * z, z @ mixing):
+        if other.dtype == torch.float64:
+            assert diagnostics.canonical_correlations(z, other).tolist() == [1.0] * dim
+            assert diagnostics.mutual_information(z, other).item() == math.inf
+        same = other.clone()
+        assert diagnostics.mutual_information(other, same).item() == math.inf
+    near = z + 1e-5 * torch.randn(n, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    assert 9 * dim < diagnostics.mutual_information(z, near, bias_correction=False) < 14 * dim
+
+
+def test_features_of_any_scale_and_place_count():
+    """Neither small features nor ones far from the origin are taken for constant."""
+    z_a, z_b = (z.detach() for z in views(60, 4))
+    scale = torch.tensor([1e-300, 1e-9, 1, 1e300], dtype=torch.float64)
+    expected = diagnostics.mutual_information(z_a, z_b)
+    torch.testing.assert_close(diagnostics.mutual_information(z_a * scale, z_b), expected)
+    for offset, tolerance in ((1e4, 0.01), (1e6, 0.5)):  # 1e6 leaves float32 some four bits
+        far = diagnostics.mutual_information((z_a + offset).float(), (z_b - offset).float())
+        torch.testing.assert_close(far, expected, rtol=0, atol=tolerance)
+    for factor in (1e-320, 1e-200, 1e200, 1e300):
+        spread = torch.randn(60, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        ratio = diagnostics.effective_rank(spread * factor) / diagnostics.effective_rank(spread)
+        assert ratio.item() == pytest.approx(1, abs=0.01)
+
+
+# Input that fits nothing
+
+FUNCTIONS = {
+    "effective_rank": {"z": diagnostics.effective_rank},
+    "canonical_correlations": {
+        "z_a": lambda z: diagnostics.canonical_correlations(z, torch.randn(12, 2)),
+        "z_b": lambda z: diagnostics.canonical_correlations(torch.randn(12, 2), z),
+    },
+    "mutual_information": {
+        "z_a": lambda z: diagnostics.mutual_information(z, torch.randn(12, 2)),
+        "z_b": lambda z: diagnostics.mutual_information(torch.randn(12, 2), z),
+    },
+}
+ARGUMENTS = [(function, argument) for function, arguments in FUNCTIONS.items() for argument in arguments]
+BAD_INPUT = {
+    "one axis": (torch.randn(12), ValueError, r"shape \(N, D\), not empty, got \(12,\); unsqueeze\(1\)"),
+    "three axes": (torch.randn(12, 2, 2), ValueError, r"got \(12, 2, 2\); .*flatten\(1\)"),
+    "no samples": (torch.randn(0, 2), ValueError, r"not empty, got \(0, 2\)"),
+    "no features": (torch.randn(12, 0), ValueError, r"not empty, got \(12, 0\)"),
+    "integers": (
+        torch.ones(12, 2, dtype=torch.int64),
+        TypeError,
+        r"floating point tensor, got torch.int64; use .*float",
+    ),
+    "complex": (torch.ones(12, 2, dtype=torch.complex64), TypeError, "floating point tensor, got torch.complex64"),
+    "an array": (np.ones((12, 2)), TypeError, "floating point tensor, got ndarray; use torch.as_tensor"),
+    "NaN": (torch.randn(12, 2).index_fill(0, torch.tensor([3]), math.nan), ValueError, "NaN or infinite.*leave"),
+    "infinity": (torch.full((12, 2), -math.inf), ValueError, "has NaN or infinite values: leave those samples out"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_INPUT)
+@pytest.mark.parametrize(("function", "argument"), ARGUMENTS)
+def test_errors_name_argument_and_remedy(function, argument, kind):
+    z, error, message = BAD_INPUT[kind]
+    with pytest.raises(error, match=f"^{argument} .*{message}"):
+        FUNCTIONS[function][argument](z)
+
+
+@pytest.mark.parametrize("function", [diagnostics.canonical_correlations, diagnostics.mutual_information])
+def test_rows_must_match(function):
+    with pytest.raises(ValueError, match=r"z_a and z_b must have as many rows.*\(12, 6\), \(6, 5\)"):
+        function(torch.randn(12, 6), torch.randn(6, 5))
+
+
+# Properties
+
+seeds = st.integers(0, 2**31)
+
+
+def drawn(n, dim, seed):
+    """Two views of some shared content, with mean and scale of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    content, e_a, e_b, mixing = (
+        torch.randn(*shape, dim, generator=generator, dtype=torch.float64) for shape in ((n,), (n,), (n,), (dim,))
+    )
+    return (content @ mixing + e_a) * 3 - 1, content + 0.5 * e_b + 2
+
+
+def rotation(dim, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64)).Q
+
+
+@given(
+    n=st.integers(1, 40),
+    dim=st.integers(1, 40),
+    rank=st.integers(0, 40),
+    seed=seeds,
+    shift=st.floats(-1e3, 1e3),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+)
+def test_effective_rank_is_bounded_and_invariant(n, dim, rank, seed, shift, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    factors = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((n, rank), (rank, dim))]
+    z = (factors[0] @ factors[1]).to(dtype)
+    value = diagnostics.effective_rank(z).item()
+    assert 0 <= value <= min(n - 1, dim) * (1 + 1e-12)
+    assert value == 0 or value >= 1 - 1e-12
+    if rank == 0 or n == 1:
+        assert value == 0
+    z = z.double()
+    exact = diagnostics.effective_rank(z).item()
+    moved = z @ rotation(dim, seed) + shift * torch.randn(dim, generator=generator, dtype=torch.float64)
+    assert diagnostics.effective_rank(moved).item() == pytest.approx(exact, rel=1e-6)
+    padded = torch.cat([z, torch.full((n, 3), shift, dtype=torch.float64)], 1)
+    assert diagnostics.effective_rank(padded[torch.randperm(n, generator=generator)]).item() == pytest.approx(exact)
+
+
+@given(
+    dims=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    seed=seeds,
+    constant=st.floats(-1e6, 1e6),
+    shift=st.floats(-1e3, 1e3),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_measures_ignore_features_that_add_nothing(dims, seed, constant, shift, dtype):
+    z_a, z_b = (z[:, :dim].to(dtype) for z, dim in zip(drawn(20, max(dims), seed), dims, strict=True))
+    correlations = diagnostics.canonical_correlations(z_a, z_b)
+    information = diagnostics.mutual_information(z_a, z_b)
+    assert len(correlations) == min(dims)
+    constants = torch.full((20, 2), constant, dtype=dtype)
+    for other in (
+        torch.cat([z_a, constants], 1),
+        torch.cat([constants[:, :1], z_a, z_a, constants], 1),
+        torch.cat([z_a, -2 * z_a.flip(1)], 1),
+    ):
+        for pair in ((other, z_b), (other, torch.cat([z_b, z_b], 1))):
+            torch.testing.assert_close(diagnostics.canonical_correlations(*pair), correlations, rtol=0, atol=1e-9)
+            torch.testing.assert_close(diagnostics.mutual_information(*pair), information, rtol=1e-7, atol=1e-7)
+    moved = z_a.double() @ rotation(dims[0], seed) + shift
+    torch.testing.assert_close(diagnostics.canonical_correlations(moved, z_b), correlations, rtol=0, atol=1e-9)
+    torch.testing.assert_close(diagnostics.mutual_information(moved, z_b), information, rtol=1e-7, atol=1e-7)
+
+
+@given(n=st.integers(2, 40), dims=st.tuples(st.integers(1, 12), st.integers(1, 12)), seed=seeds)
+def test_canonical_correlations_are_the_cosines_of_numpys_bases(n, dims, seed):
+    """By QR of the centred features; wide views span all n - 1 dimensions, whose basis is the first n - 1 columns."""
+    pair = [z[:, :dim] for z, dim in zip(drawn(n, max(dims), seed), dims, strict=True)]
+    bases = [np.linalg.qr((z - z.mean(0)).numpy())[0][:, : n - 1] for z in pair]
+    expected = np.linalg.svd(bases[0].T @ bases[1], compute_uv=False)
+    found = diagnostics.canonical_correlations(*pair)
+    assert len(found) == min(*dims, n - 1)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-9)
+    certain = max(0, min(dims[0], n - 1) + min(dims[1], n - 1) - (n - 1))
+    assert (found[:certain] == 1).all()

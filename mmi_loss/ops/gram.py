@@ -1,6 +1,5 @@
-"""Gram matrices of standardised features: the Gram route, for fewer samples than features.
-
-log det(I_D + X^T X / ridge) = log det(I_N + X X^T / ridge), so no D x D matrix is needed.
+"""The Gram route, for fewer samples than features: log det(I_D + X^T X / noise) = log det(I_N + X X^T / noise), so no
+D x D matrix is needed.
 """
 
 from __future__ import annotations
@@ -9,57 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from mmi_loss.objectives import Objective
 from mmi_loss.ops.autograd import closed_form
-from mmi_loss.ops.contrasts import contrasts, gradients_of_views, squared_norms
-from mmi_loss.ops.covariance import add_variance_floor
-from mmi_loss.ops.logdet import LogDet, weighted_sum
-
-Block = tuple[int, int, int]
-
-
-def _standardised(views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The orthonormal contrasts (V N, D) of V views in units of the features' standard deviations, and 1 / std (D).
-
-    Orthonormal, so U U^T holds every second moment. Mean and variance of a feature are pooled over the views.
-    """
-    num_views, (n, dim) = len(views), views[0].shape
-    rows, origin = contrasts(views)
-    scales = _scales(num_views)
-    variance = rows.new_zeros(dim)
-    for row, scale in zip(rows.unbind(), scales, strict=True):
-        variance.add_(column_dots(row, row), alpha=scale**2 / (num_views * n))
-    inverse_std = add_variance_floor(variance, origin[0]).rsqrt_()
-    for row, scale in zip(rows.unbind(), scales, strict=True):
-        row.mul_(inverse_std * scale)
-    return rows.view(num_views * n, dim), inverse_std
-
-
-def _scales(num_views: int) -> list[float]:
-    return [norm**-0.5 for norm in squared_norms(num_views)]
-
-
-def _standardised_backward(grad_rows: Tensor, rows: Tensor, inverse_std: Tensor, num_views: int) -> list[Tensor]:
-    """From dU to the views' gradients, in the memory of ``grad_rows``.
-
-    With v_i = sum_n u_ni^2 / (N V) the pooled variance and U = U0 / sqrt(v), the chain rule through the variance gives
-    dU0 = (dU - U t) / std, t_i = sum_n dU_ni U_ni / (N V). The mean enters u_0 alone, whose gradient is therefore
-    centred. (For functions of the spectrum, as all that is taken here, it is centred already but for rounding; where
-    the mean is far larger than the deviation, that rounding is the largest error.)
-    """
-    n = len(rows) // num_views
-    shrink = column_dots(grad_rows, rows).div_(-num_views * n)
-    grad_rows.addcmul_(rows, shrink)
-    gradients = grad_rows.view(num_views, n, -1)
-    scales = _scales(num_views)
-    scales[0] /= num_views  # the mean passes 1 / V on to every view
-    for gradient, scale in zip(gradients.unbind(), scales, strict=True):
-        gradient.mul_(inverse_std * scale)
-    shared = gradients[0]
-    shared -= shared.mean(0)
-    return gradients_of_views(gradients)
-
+from mmi_loss.ops.covariance import LogDet, contrasts, gradients_of_views, inverse_std, side_by_side, weighted_sum
 
 CHUNK = 128
 """Rows that the CPU works on at a time."""
@@ -67,12 +21,12 @@ CHUNK = 128
 
 def _is_chunked(x: Tensor) -> bool:
     """On a GPU every chunk would be a launch of its own, in a compiled graph a node."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and len(x) > CHUNK
 
 
 def column_dots(x: Tensor, y: Tensor) -> Tensor:
     """sum_n x_ni y_ni of two (N, D) matrices; on the CPU in chunks, without a temporary of their size."""
-    if not _is_chunked(x) or len(x) <= CHUNK:
+    if not _is_chunked(x):
         return torch.linalg.vecdot(x, y, dim=0)
     dots, products = x.new_zeros(x.shape[1]), x.new_empty((CHUNK, x.shape[1]))
     for x_rows, y_rows in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
@@ -80,114 +34,133 @@ def column_dots(x: Tensor, y: Tensor) -> Tensor:
     return dots
 
 
-def _symmetric_product(rows: Tensor, n: int) -> Tensor:
-    """U U^T of contrasts of n rows each, by blocks: those below the diagonal mirrored instead of multiplied."""
+def _symmetric_product(rows: Tensor) -> Tensor:
+    """U U^T; on the CPU by blocks, those below the diagonal mirrored instead of multiplied."""
+    if not _is_chunked(rows):
+        return rows @ rows.mT
     product = rows.new_empty((len(rows), len(rows)))
-    size = CHUNK if _is_chunked(rows) else n
-    for start in range(0, len(rows), size):
-        block = slice(start, start + size)
+    for start in range(0, len(rows), CHUNK):
+        block = slice(start, start + CHUNK)
         product[block, start:] = rows[block] @ rows[start:].mT
-        product[start + size :, block] = product[block, start + size :].mT
+        product[start + CHUNK :, block] = product[block, start + CHUNK :].mT
     return product
 
 
-class _PooledLoss(torch.autograd.Function):
-    """L = 1/2 sum_j w_j log det A_j of V exchangeable views on all features, with
+class _GramLoss(torch.autograd.Function):
+    """L = 1/2 sum_j w_j log det A_j on all features. With the parts U_i of the views and n = 1 / (std V sqrt(N noise)),
 
-        A_j = I + c_j K_jj,   K = U U^T,
+        A_j = I + K_j V / V_j,    K = (n U) (n U)^T.
 
-    K_jj the diagonal block of the contrasts that the j-th moment is made of: all, those that the views share, or those
-    in which they differ. Backward, with F_j = dL/dA_j = w_j A_j^{-1} / 2: dU = 2 (sum_j c_j F_j, each in its block) U.
+    Pooled views: U stacks the V contrasts, K_j is the block of the V_j that the moment takes. Views side by side
+    (V = 1): K_j is the sum of the Gram matrices of j's views, n U restricted to their features.
+
+    Backward, with F_j = dL/dA_j = w_j A_j^-1 / 2: dR = 2 (sum_j F_j V / V_j, each in its place) R for R = n U, and through
+    the variance sum u^2 / (V^2 N) over all rows,
+
+        dU = n (dR - R t noise),    t = sum_rows dR R.
+
+    The mean enters the shared contrast alone, whose gradient is therefore centred. (For functions of the spectrum, as
+    all that is taken here, it is centred already but for rounding; where the mean is far larger than the deviation,
+    that rounding is the largest error.)
     """
 
     @staticmethod
     def forward(
-        ctx: Any, blocks: Sequence[Block], weights: Sequence[float], ridge: float, log_det: LogDet, *views: Tensor
+        ctx: Any, objective: Objective, noise: float | Tensor, log_det: LogDet, is_computed: bool, *views: Tensor
     ) -> tuple[Tensor, Tensor]:
-        n, dim = views[0].shape
-        rows, inverse_std = _standardised(views)
-        products = _symmetric_product(rows, n)
-        groups = []
-        for start, stop, degrees in blocks:
-            block = slice(start * n, stop * n)
-            matrix = products[block, block] / (degrees * n * ridge)
-            matrix.diagonal().add_(1)
-            groups.append(matrix[None])
-        log_dets, state = log_det.value(groups, [dim - matrices.shape[-1] for matrices in groups])
-        loss = weighted_sum(log_dets, weights)
-        ctx.save_for_backward(rows, inverse_std, *state)
-        ctx.blocks, ctx.weights, ctx.ridge, ctx.log_det = blocks, weights, ridge, log_det
+        samples, widths = views[0].shape[0], [z.shape[-1] for z in views]
+        parts = contrasts(views) if objective.is_pooled else side_by_side(views)
+        num_parts, _, dim = parts.shape
+        rows = parts.view(num_parts * samples, dim)
+        location = None
+        if is_computed:
+            location = views[0][0] if objective.is_pooled else torch.cat([z[0] for z in views])
+        weight = num_parts**2 * samples
+        n = inverse_std(column_dots(rows, rows).div_(weight), location).mul_((weight * noise) ** -0.5)
+        rows = torch.mul(rows, n, out=None if torch.compiler.is_compiling() else rows)
+        groups, null_dims = [], []
+        if objective.is_pooled:
+            products = _symmetric_product(rows)
+            for moment in objective.moments:
+                block, degrees = _rows_of(moment, num_parts, samples)
+                groups.append(_identity_plus(products[block, block], num_parts / degrees))
+                null_dims.append(dim - degrees * samples)
+        else:
+            grams = [_symmetric_product(columns) for columns in rows.split(widths, dim=-1)]
+            for first, last in objective.moments:
+                groups.append(_identity_plus(sum(grams[first:last][1:], grams[first:last][0]), 1.0))
+                null_dims.append(sum(widths[first:last]) - samples)
+        # The factors of F_j = w_j A_j^-1 / 2 and of 2 F_j R cancel.
+        log_dets, factors = log_det(groups, null_dims, objective.weights)
+        loss = weighted_sum(log_dets, objective.weights)
+        if objective.is_pooled:
+            total = _in_their_blocks(factors, objective, num_parts, samples)
+        else:
+            total = _sums_by_view(factors, objective)
+        # Where the loss is NaN, so is every gradient.
+        ctx.save_for_backward(rows, torch.add(n, loss, alpha=0), total)
+        ctx.is_pooled, ctx.noise, ctx.widths = objective.is_pooled, noise, widths
         ctx.mark_non_differentiable(log_dets)
         return loss, log_dets
 
     @staticmethod
     @closed_form
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        rows, inverse_std, *state = ctx.saved_tensors
-        num_views = len(ctx.needs_input_grad) - 4
-        n = len(rows) // num_views
-        # The factors of F_j = w_j A_j^{-1} / 2 and of dU = 2 F U cancel.
-        (total,), *others = ctx.log_det.gradients(ctx.weights, *state)
-        total.div_(ctx.blocks[0][2] * n * ctx.ridge)
-        for (start, stop, degrees), (gradient,) in zip(ctx.blocks[1:], others, strict=True):
-            block = slice(start * n, stop * n)
-            total[block, block].add_(gradient, alpha=1 / (degrees * n * ctx.ridge))
-        total.mul_(grad)
-        return *(None,) * 4, *_standardised_backward(total @ rows, rows, inverse_std, num_views)
+        rows, n, total = ctx.saved_tensors
+        if ctx.is_pooled:
+            grad_rows = total @ rows
+        else:
+            columns = zip(total, rows.split(ctx.widths, dim=-1), strict=True)
+            grad_rows = torch.cat([factor @ column for factor, column in columns], dim=-1)
+        shrink = column_dots(grad_rows, rows).mul_(ctx.noise)
+        grad_rows = grad_rows.addcmul_(rows, shrink, value=-1).mul_(n * grad)
+        num_parts = len(ctx.widths) if ctx.is_pooled else 1
+        shared, *others = grad_rows.view(num_parts, -1, rows.shape[-1]).unbind()
+        shared = torch.sub(shared, shared.mean(0), out=None if torch.compiler.is_compiling() else shared)
+        if ctx.is_pooled:
+            return *(None,) * 4, *gradients_of_views([shared, *others])
+        return *(None,) * 4, *shared.split(ctx.widths, dim=-1)
 
 
-def pooled_loss(
-    views: Sequence[Tensor], blocks: Sequence[Block], weights: Sequence[float], ridge: float, log_det: LogDet
+def _rows_of(moment: tuple[int, int | None], num_parts: int, samples: int) -> tuple[slice, int]:
+    """The rows of the contrasts that a moment takes, and how many they are."""
+    degrees = range(num_parts)[slice(*moment)]
+    return slice(degrees.start * samples, degrees.stop * samples), len(degrees)
+
+
+def _in_their_blocks(factors: Sequence[Tensor], objective: Objective, num_parts: int, samples: int) -> Tensor:
+    """sum_j F_j V / V_j (V N, V N), each in the block of its contrasts."""
+    padded = []
+    for (factor,), moment in zip(factors, objective.moments, strict=True):
+        block, degrees = _rows_of(moment, num_parts, samples)
+        before, after = block.start, num_parts * samples - block.stop
+        padded.append(F.pad(factor * (num_parts / degrees), (before, after, before, after)))
+    return torch.stack(padded).sum(0)
+
+
+def _sums_by_view(factors: Sequence[Tensor], objective: Objective) -> Tensor:
+    """sum_j F_j (V, N, N) over the moments that take a view, for both views."""
+    sums = []
+    for view in range(2):
+        chosen = [
+            f for (f,), (first, last) in zip(factors, objective.moments, strict=True) if view in range(2)[first:last]
+        ]
+        sums.append(torch.stack(chosen).sum(0))
+    return torch.stack(sums)
+
+
+def _identity_plus(matrix: Tensor, scale: float) -> Tensor:
+    """I + scale * matrix, as a group of one."""
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return torch.add(identity, matrix, alpha=scale)[None]
+
+
+def gram_loss(
+    objective: Objective, noise: float | Tensor, log_det: LogDet, views: Sequence[Tensor], is_computed: bool
 ) -> tuple[Tensor, Tensor]:
-    """Loss (a scalar, in nats) and the log-determinants (m,) it is made of, of V views (N, D).
-
-    ``blocks`` are (first contrast, last contrast + 1, degrees of freedom per sample) of each moment; the first is the
-    covariance and holds all contrasts. ``weights`` (m) are those of the log-determinants in twice the loss.
+    """Loss (a scalar, in nats) and the constant log-determinants (m, S) it is made of, of views (N, k), or (S, N, k): then
+    the mean over slices, one after another. Arguments as for :class:`mmi_loss.ops.covariance.CovarianceLoss`.
     """
-    loss, log_dets = _PooledLoss.apply(blocks, weights, ridge, log_det, *views)
-    return loss, log_dets
-
-
-class _StandardisedGram(torch.autograd.Function):
-    """K = X X^T / (N ridge) of one standardised view X: dX = (G + G^T) X / (N ridge)."""
-
-    @staticmethod
-    def forward(ctx: Any, view: Tensor, ridge: float) -> Tensor:
-        rows, inverse_std = _standardised([view])
-        ctx.save_for_backward(rows, inverse_std)
-        ctx.ridge = ridge
-        return (rows @ rows.mT).div_(len(rows) * ridge)
-
-    @staticmethod
-    @closed_form
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
-        rows, inverse_std = ctx.saved_tensors
-        grad_rows = (grad + grad.mT).div_(len(rows) * ctx.ridge) @ rows
-        return _standardised_backward(grad_rows, rows, inverse_std, 1)[0], None
-
-
-def standardised_gram(view: Tensor, ridge: float) -> Tensor:
-    """The Gram matrix (N, N), per sample and in units of the noise, of the standardised features of one view (N, D)."""
-    result: Tensor = _StandardisedGram.apply(view, ridge)
-    return result
-
-
-class _IdentityPlus(torch.autograd.Function):
-    """I + K, in one pass."""
-
-    @staticmethod
-    def forward(ctx: Any, matrix: Tensor) -> Tensor:
-        result = matrix.clone()
-        result.diagonal(dim1=-2, dim2=-1).add_(1)
-        return result
-
-    @staticmethod
-    @closed_form
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
-def identity_plus(matrix: Tensor) -> Tensor:
-    """I + matrix for (..., n, n)."""
-    result: Tensor = _IdentityPlus.apply(matrix)
-    return result
+    slices = [views] if views[0].ndim == 2 else zip(*views, strict=True)
+    losses, log_dets = zip(*[_GramLoss.apply(objective, noise, log_det, is_computed, *z) for z in slices], strict=True)
+    return torch.stack(losses).mean(), torch.stack(log_dets, dim=1)

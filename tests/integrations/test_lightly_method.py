@@ -1,5 +1,6 @@
 """The method for lightly: by a plain Trainer, in lightly's own classes, and in its unmodified main.py."""
 
+import math
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from mmi_loss.integrations.lightly import (  # noqa: E402
     transform,
 )
 from pytorch_lightning.demos.boring_classes import BoringModel  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from mmi_loss import MMILoss  # noqa: E402
 
@@ -168,7 +170,14 @@ def test_three_views_are_refused():
         model().training_step(([torch.randn(4, 3, 16, 16)] * 3, torch.zeros(4, dtype=torch.long)), 0)
 
 
-NAMES = ["mutual_information", "entropy_a", "entropy_b", "joint_entropy", "min_canonical_correlation", "effective_rank"]
+NAMES = [
+    "mutual_information",
+    "entropy_a",
+    "entropy_b",
+    "conditional_entropy",
+    "min_canonical_correlation",
+    "effective_rank",
+]
 
 
 def test_diagnostics_log_off_the_hot_path(tmp_path):
@@ -194,8 +203,13 @@ def test_diagnostics_values():
     assert measured["mmi/mutual_information"] == pytest.approx(float(expected), abs=0.1)
     assert measured["mmi/min_canonical_correlation"] == pytest.approx(0.8, abs=0.03)
     assert measured["mmi/effective_rank"] == pytest.approx(4, abs=0.02)
-    parts = [float(measured[f"mmi/{name}"]) for name in ("entropy_a", "entropy_b", "joint_entropy")]
-    assert parts[0] + parts[1] - parts[2] > 0.5
+    # Through the loss's noise floor: less information, and no more entropy than of 4 uncorrelated features.
+    entropy_a, entropy_b, conditional = (
+        measured[f"mmi/{name}"] for name in ("entropy_a", "entropy_b", "conditional_entropy")
+    )
+    assert 0.5 < entropy_a - conditional < expected
+    assert entropy_a == pytest.approx(float(entropy_b), abs=0.1)
+    assert entropy_a < 2 * math.log(2 * math.pi * math.e * (1 + 4 / 64))
     independent = MMIDiagnostics().measure(*(torch.randn(512, 256, generator=generator) for _ in range(2)))
     assert abs(independent["mmi/mutual_information"]) < 1.5  # the plug-in estimate would be about 4.6
 
@@ -210,10 +224,150 @@ def test_diagnostics_of_another_method(tmp_path):
 def test_diagnostics_errors(tmp_path):
     with pytest.raises(ValueError, match="at least 1, got 0"):
         MMIDiagnostics(every_n_steps=0)
-    with pytest.raises(ValueError, match="at least 8 samples"):
-        MMIDiagnostics().measure(torch.randn(4, 8), torch.randn(4, 8))
     with pytest.raises(ValueError, match="listens to projection_head, which BoringModel"):
         trainer(tmp_path, callbacks=[MMIDiagnostics()]).fit(BoringModel())
+
+
+def normal(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def plane(seed=0):
+    """512 samples of 32 features that fill two directions."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(512, 2, generator=generator) @ normal(2, 32)
+
+
+def test_diagnostics_show_collapse():
+    for constant in (torch.zeros(512, 64), torch.full((512, 64), 0.3), normal(64).expand(512, 64)):
+        measured = MMIDiagnostics().measure(constant, constant)
+        assert measured["mmi/mutual_information"] == measured["mmi/effective_rank"] == 0
+        assert measured["mmi/min_canonical_correlation"].isnan()
+        entropies = [measured[f"mmi/{name}"] for name in ("entropy_a", "entropy_b", "conditional_entropy")]
+        assert all(entropy.isfinite() for entropy in entropies)
+        assert entropies[0] == pytest.approx(float(entropies[2]))
+    views = plane(), 0.6 * plane() + 0.8 * plane(seed=1)
+    measured = MMIDiagnostics().measure(*views)
+    # Rounding of float32 is not a direction: 2 of 64 correlate, both by about 0.6.
+    assert measured["mmi/min_canonical_correlation"] == pytest.approx(0.6, abs=0.1)
+    assert measured["mmi/mutual_information"] == pytest.approx(-math.log(1 - 0.6**2), abs=0.1)
+    assert 1 < measured["mmi/effective_rank"] <= 2
+
+
+VIEWS = {f"{n} samples": (normal(n, 32), normal(2 * n, 32)[n:]) for n in (0, 1, 2, 5, 7, 8, 9, 16)}
+VIEWS |= {
+    "zeros": (torch.zeros(64, 32),) * 2,
+    "equal": (normal(64, 32),) * 2,
+    "a NaN": (normal(64, 32).index_fill(0, torch.tensor(3), math.nan), normal(64, 32)),
+    "a NaN in the second": (normal(64, 32), normal(64, 32).index_fill(0, torch.tensor(3), math.nan)),
+    "infinity": (torch.full((64, 32), math.inf), normal(64, 32)),
+    "overflow": (3e38 * normal(64, 32).clamp(-1, 1), normal(64, 32)),
+    "half precision": (normal(64, 32).half(), torch.full((64, 32), 6e4, dtype=torch.float16)),
+    "bfloat16": (normal(64, 32).bfloat16(), normal(65, 32)[1:].bfloat16()),
+    "double": (1e308 * normal(64, 32).double().clamp(-1, 1), 5e-324 * normal(64, 32).double()),
+    "one feature": (normal(64, 1), normal(65, 1)[1:]),
+    "no features": (normal(64, 0), normal(64, 0)),
+    "unequal length": (normal(64, 32), normal(63, 32)),
+    "unequal width": (normal(64, 32), normal(64, 16)),
+    "one axis": (normal(64), normal(64)),
+    "three axes": (normal(64, 8, 4), normal(64, 8, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_diagnostics_measure_what_they_can(kind):
+    views = VIEWS[kind]
+    measured = MMIDiagnostics().measure(*views)
+    assert list(measured) == [f"mmi/{name}" for name in NAMES]
+    assert all(value.shape == () and value.dtype == torch.float32 for value in measured.values())
+    assert not any(value.isinf() for value in measured.values())
+    if kind in ("8 samples", "16 samples", "bfloat16", "one feature", "unequal width"):
+        assert all(value.isfinite() for value in measured.values())
+    if len(views[0]) < 8 or kind in ("infinity", "no features", "unequal length", "one axis", "three axes"):
+        assert all(value.isnan() for value in measured.values())
+
+
+class Projecting(pl.LightningModule):
+    """Its batches are lists of projections; the head passes them on, in one call each."""
+
+    def __init__(self, head=None, checkpointed=False):
+        super().__init__()
+        self.projection_head, self.checkpointed = head or torch.nn.Identity(), checkpointed
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch, batch_idx):
+        for z in batch:
+            if self.checkpointed:
+                z = checkpoint(lambda x: self.projection_head(x).square(), z * self.weight.exp(), use_reentrant=False)
+            else:
+                self.projection_head(z)
+        return z.mean() if self.checkpointed else self.weight * 1
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def run(tmp_path, batches, **changes):
+    logged, module = Logged(), Projecting(**changes)
+    callbacks = [MMIDiagnostics(every_n_steps=1), logged]
+    batches = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=None)
+    trainer(tmp_path, callbacks=callbacks).fit(module, batches)
+    assert not module.projection_head._forward_hooks
+    return logged.steps
+
+
+def test_diagnostics_never_end_a_run(tmp_path):
+    """Every step logs the same names, whatever came out of the head."""
+    good = [normal(64, 32), normal(65, 32)[1:]]
+    views = [list(pair) for kind, pair in VIEWS.items() if "ax" not in kind]
+    halves = [[normal(n, 32)] for n in (0, 1, 2, 15, 16, 17, 64)]
+    steps = run(tmp_path, [good, *views, *halves, good])
+    assert all(set(step) == {f"mmi/{name}" for name in NAMES} for step in steps)
+    assert steps[0] == steps[-1]
+    assert all(math.isfinite(value) for value in steps[-1].values())
+    assert not math.isnan(steps[-2]["mmi/mutual_information"])  # two halves of 32
+    assert math.isnan(steps[-3]["mmi/mutual_information"])  # 9 and 8 rows
+
+
+class Pair(torch.nn.Module):
+    def forward(self, z):
+        return z, z
+
+
+@pytest.mark.parametrize(
+    ("batch", "shapes", "head"),
+    [
+        ([], r"\[\]", None),
+        ([normal(16, 4)] * 3, r"\[\(16, 4\), \(16, 4\), \(16, 4\)\]", None),
+        ([normal(16, 4, 2)], r"\[\(16, 4, 2\)\]", None),
+        ([normal(16), normal(16)], r"\[\(16,\), \(16,\)\]", None),
+        ([torch.zeros(())], r"\[\(\)\]", None),
+        ([normal(16, 4)] * 2, r"\[\]", Pair()),
+    ],
+    ids=["no call", "three views", "maps", "scalars of samples", "a scalar", "tuples"],
+)
+def test_diagnostics_of_no_two_views_warn_once(batch, shapes, head, tmp_path):
+    with pytest.warns(UserWarning, match=f"MMIDiagnostics logs nothing: .* it gave {shapes}") as warned:
+        steps = run(tmp_path, [batch] * 3, head=head)
+    assert sum("MMIDiagnostics" in str(warning.message) for warning in warned) == 1
+    assert steps == [{}] * 3
+
+
+def test_diagnostics_do_not_hear_a_recomputed_head(tmp_path):
+    """Activation checkpointing calls the head in backward again: of one call of both views that makes two."""
+    both = torch.cat([normal(64, 32), normal(65, 32)[1:]])
+    plain, recomputed = (run(tmp_path, [[both]], checkpointed=c) for c in (False, True))
+    assert recomputed == [pytest.approx(plain[0])]
+
+
+def test_diagnostics_survive_a_skipped_batch():
+    """A batch that was started and never ended leaves no listener behind."""
+    callback, module = MMIDiagnostics(every_n_steps=1), Projecting()
+    state = type("State", (), {"global_step": 0})()
+    for _ in range(3):
+        callback.on_train_batch_start(state, module, None, 0)
+        module.projection_head(normal(16, 4))
+    assert len(module.projection_head._forward_hooks) == 1
 
 
 def test_in_a_benchmark_module(tmp_path):
