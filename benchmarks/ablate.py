@@ -26,7 +26,7 @@ from scipy import stats
 
 from benchmarks import compare, environment, grid, plots, report, series
 from benchmarks.grid import Cell
-from mmi_loss.functional import Options
+from mmi_loss.options import Options
 
 TASKS = ("latent", "digits")
 DIM, BATCH_SIZE = 512, 256
@@ -34,7 +34,7 @@ RATE = 1.6e-2
 """AdamW's: the best of the grid of ``compare`` for the default loss, on all three tasks."""
 STEPS = 100
 """Optimiser steps at N = 256; others take 16 / sqrt(N) times as many."""
-DEFAULTS = vars(Options())
+DEFAULTS = Options().given()
 
 
 @dataclass(frozen=True)

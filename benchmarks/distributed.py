@@ -38,7 +38,9 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks import environment
 from benchmarks.losses import solo_learn as solo_learn_functions
 from benchmarks.methods import METHODS
-from mmi_loss.functional import LOGDETS, OBJECTIVES, mmi_loss_multiview
+from mmi_loss.functional import mmi_loss_multiview
+from mmi_loss.objectives import OBJECTIVES
+from mmi_loss.options import LOGDETS
 
 WORLDS, BATCHES, SPLITS = (2, 3, 4), (32, 64, 256), ("equal", "unequal")
 IN, HIDDEN, DIM, TRAFFIC_DIM = 32, 64, 128, 2048

@@ -6,14 +6,14 @@ compare there.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from mmi_loss import functional
-from mmi_loss.functional import DEFAULT_BETA, DEFAULT_SLICE_DIM, OBJECTIVES, Options
+from mmi_loss.functional import noise_floor
+from mmi_loss.ops.slices import slice_views
+from mmi_loss.options import DEFAULTS, Options
 
 
 class Plain(nn.Module):
@@ -26,7 +26,7 @@ class Plain(nn.Module):
     """
 
     def __init__(
-        self, objective: str = "content", slice_dim: int | None = DEFAULT_SLICE_DIM, ridge: float | None = None
+        self, objective: str = "content", slice_dim: int | None = DEFAULTS["slice_dim"], ridge: float | None = None
     ) -> None:
         super().__init__()
         if objective not in ("content", "joint"):
@@ -36,8 +36,9 @@ class Plain(nn.Module):
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """Minus the mutual information of (N, D) and (N, D) embeddings, in nats."""
-        sliced = functional._slice(self.batch(z_a, z_b), self.slice_of(), self.options, z_a.dtype)
-        a, b = (z if z.ndim == 2 else z[0] for z in sliced)
+        views, k = self.batch(z_a, z_b), self.options.slice_dim or z_a.shape[1]
+        slices = slice_views(views, k, 1, self.options.block_dim, self.slice_of(), self.options.seed, z_a.dtype)
+        a, b = (z[0] for z in slices)
         mean_a, mean_b = a.mean(0), b.mean(0)
         if self.options.objective == "content":
             mean_a = mean_b = (mean_a + mean_b) / 2
@@ -66,11 +67,11 @@ class Plain(nn.Module):
 
     def weights(self) -> Sequence[float]:
         """Of the log-determinants in twice the loss."""
-        return OBJECTIVES[self.options.objective]
+        return self.options.row.weights
 
     def ridge(self, a: Tensor) -> float:
         """The noise floor under slices (N, k)."""
-        return float(self.options.noise_floor(a.shape[1], len(a), a.dtype))
+        return float(noise_floor(self.options, a.shape[1], len(a), a.dtype))
 
     def _moments(self, samples: Tensor) -> Tensor:
         """Of centred pairs of views (N, 2 k): total and within (2, k, k), or the joint second moments (1, 2 k, 2 k)."""
@@ -158,8 +159,7 @@ class Annealed(Plain):
     def ridge(self, a: Tensor) -> float:
         progress = min(float(self.step) / self.steps, 1.0)
         snr = self.start * (self.end / self.start) ** progress
-        moved = dataclasses.replace(self.options, snr=snr, ridge=None)
-        return float(moved.noise_floor(a.shape[1], len(a), a.dtype))
+        return float(noise_floor(Options(snr=snr), a.shape[1], len(a), a.dtype))
 
 
 class Weighted(Plain):
@@ -170,7 +170,7 @@ class Weighted(Plain):
         self.within = within
 
     def weights(self) -> Sequence[float]:
-        total, within = OBJECTIVES["content"]
+        total, within = super().weights()
         return total, within * self.within
 
 
@@ -246,7 +246,7 @@ SCALES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 class Rescaled(Plain):
     """The truncated series after other rescalings than the shipped one: see :data:`SCALES`."""
 
-    def __init__(self, scale: str, order: int = 4, beta: float = DEFAULT_BETA, **options: object) -> None:
+    def __init__(self, scale: str, order: int = 4, beta: float = DEFAULTS["beta"], **options: object) -> None:
         super().__init__(**options)  # type: ignore[arg-type]
         self.scale, self.order, self.beta = SCALES[scale], order, beta
 

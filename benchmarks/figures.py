@@ -18,6 +18,7 @@ from rich.console import Console
 from scipy import special, stats
 
 from benchmarks import environment, grid
+from benchmarks.generalised_gaussian import generalised_gaussian_constant
 from benchmarks.plots import COLOURS, plt
 from mmi_loss import MMILoss, diagnostics
 
@@ -91,7 +92,7 @@ def densities(options: argparse.Namespace) -> Any:
     shapes = np.geomspace(0.3, 10, 200)
     colours = plt.get_cmap("plasma")(np.linspace(0, 0.8, 4))
     for dim, colour in zip((1, 2, 8, 32), colours, strict=True):
-        y = [diagnostics.generalised_gaussian_constant(dim, dim, float(s)) / dim for s in shapes]
+        y = [generalised_gaussian_constant(dim, dim, float(s)) / dim for s in shapes]
         constant.semilogx(shapes, y, color=colour, label=f"D = {dim}")
     constant.plot(1, 0, "ko", markersize=4)
     constant.axhline(0, color="black", linewidth=0.6)

@@ -1,17 +1,26 @@
-"""The losses on a CUDA device: first whether the kernels are right, then how long they take and how many they are.
+"""What ``impl="auto"`` should be on a GPU, by one run of under ten minutes: ``python -m benchmarks.speed_cuda``.
 
-1. Error of every implementation of the default against float64, beside plain torch's in the same dtype. A loss that is
-   worse than twice plain torch is not timed.
-2. The rate at which this device copies: what a step that reads both inputs and writes both gradients cannot beat.
-3. Per shape, dtype and loss: forward and backward by CUDA events, in turns with the cache emptied; the same captured in
-   a CUDA graph and replayed; launches by the profiler; peak memory; bytes moved per second over the copy's.
+1. Every kernel of the default loss, and of the same on all features, against float64: the error may be twice that of
+   plain torch in the same dtype. Kernels that fail are not timed.
+2. Ours, eager and by the kernels, and lightly's losses: forward and backward as they are, by ``torch.compile``, and
+   captured in a CUDA graph and replayed. Launches, peak memory, bytes per second over those of a measured copy.
+3. The ratios that the decision rests on.
+
+Rows are appended to the CSV as they come, and a run continues where the last one on this card, commit and torch ended.
+``--dry-run`` needs no GPU: it runs the checks, small, by Triton's interpreter, compiles all kernels for GPUs that are
+not there, and times nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import itertools
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -19,276 +28,288 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightly.loss
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks import environment, speed
-from benchmarks.losses import LOSSES
+from benchmarks import environment
 from mmi_loss import MMILoss
 
-SHAPES = [(256, 2048), (256, 8192), (1024, 2048), (4096, 8192)]
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+SHAPES = [(256, 8192), (4096, 8192), (256, 2048), (4096, 2048)]
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32, "fp16": torch.float16}
+TIMED_DTYPES = ("bf16", "float32")
+RIVALS = ("barlow_twins", "vicreg", "lejepa", "visreg", "simclr")
+NAMES = ("mmi_triton", "mmi_eager", *RIVALS)
+# (samples, features, options): aligned and ragged slices; all features in one program, as moments, as a Gram matrix.
+ALL: dict[str, Any] = {"slice_dim": None}
+CHECKS = [
+    (256, 8192, {}), (4096, 2048, {}), (1000, 999, {}), (512, 1024, {"num_slices": 4}), (4096, 128, ALL),
+    (333, 77, ALL), (1024, 512, ALL), (700, 301, ALL), (256, 2048, ALL), (99, 999, ALL),
+]  # fmt: skip
+SMALL_CHECKS = [(16, 256, {}), (19, 150, {}), (32, 16, ALL), (17, 13, ALL), (70, 131, ALL), (10, 143, ALL)]
+PROBLEMS = ["256x2048", "256x8192-bf16", "4096x2048-all", "256x2048-all"]
+"""Of tests/triton_aot.py: between them they launch every kernel."""
+TURNS = 30
+REPLAYS = 20
+"""Of a graph, timed together: a single one is shorter than what its events resolve."""
 COPY_BYTES = 2**30
 EVICTION_BYTES = 256 * 2**20
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
-COMPILED = {
-    "mmi_eager": lambda: MMILoss(impl="eager"),
-    "barlow_twins": lightly.loss.BarlowTwinsLoss,
-    "vicreg": lightly.loss.VICRegLoss,
-}
+MODES = ("plain", "graph", "compiled")
+MEASURES = ("median_ms", "q1_ms", "q3_ms", "launches", "peak_extra_mib", "gb_per_s", "of_copy_rate", "failure")
 
 
-def criteria(n: int, dim: int) -> dict[str, Callable[[], Criterion]]:
-    """Every loss that fits in eager form, and ours and the two main rivals compiled; each is made when it is called."""
-    made: dict[str, Callable[[], Criterion]] = {
-        "mmi": lambda: MMILoss(impl="triton"),
-        "mmi_eager": lambda: MMILoss(impl="eager"),
-    }
-    for name, factory in LOSSES.items():
-        if name not in ("mmi", "mmi_compiled") and speed.fits(name, n, dim):
-            made[name] = partial(factory, n, dim)
-    for name, compiled_factory in COMPILED.items():
-        made[f"{name}-compiled"] = partial(_compiled, compiled_factory)
-    return made
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command's options."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed_cuda", description=__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="without a GPU: check and compile, time nothing")
+    parser.add_argument("--minutes", type=float, default=9.0, help="then stop; the next run continues")
+    parser.add_argument("--out", type=Path, help="CSV file (default benchmarks/results/speed-cuda.csv)")
+    return parser.parse_args(arguments)
 
 
-def _compiled(factory: Callable[[], torch.nn.Module]) -> Criterion:
-    return torch.compile(factory())
-
-
-def main(options: argparse.Namespace) -> None:
+def main(arguments: list[str]) -> None:
     """Check, measure, append to the CSV files, print the tables."""
-    if not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch sees no CUDA device here; nothing was measured")
-    warnings.filterwarnings("ignore", message=".*(objective=|lr_scheduler).*")
+    options, console = parse(arguments), Console(width=None if sys.stdout.isatty() else 200)
     out = options.out or environment.RESULTS / "speed-cuda.csv"
-    run(options.parsed_shapes or SHAPES, options.losses, options.turns, out, torch.device("cuda"), Console())
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu and not options.dry_run:
+        raise SystemExit("torch sees no CUDA device; nothing was measured. --dry-run checks the kernels without one")
+    warnings.filterwarnings("ignore", message=".*(lr_scheduler|deterministic|invalid value|divide by zero).*")
+    device = torch.device("cuda" if has_gpu else "cpu")
+    if not has_gpu:
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+    place = environment.columns(device.type)
+    place |= {name: importlib.metadata.version(name) for name in ("triton", "lightly")}
+    deadline = time.monotonic() + 60 * options.minutes
+    checks = check(CHECKS if has_gpu else SMALL_CHECKS, device)
+    for row in checks:
+        environment.append(out.with_name(f"{out.stem}-checks.csv"), {**row, **place})
+    _print(checks, "relative error to float64, and that of plain torch", console)
+    failed = [row for row in checks if not row["passed"]]
+    if options.dry_run:
+        compile_ahead_of_time(console)
+        console.print("not measured: no GPU" if not has_gpu else "not measured: --dry-run")
+    else:
+        names = [name for name in NAMES if name != "mmi_triton" or not failed]
+        measure_all(names, deadline, place, out, device, console)
+        _print(decision(_done_here(out, place)), "how many times as long as the kernels", console)
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(checks)} checks of the kernels failed: they must not be the default")
 
 
-def run(
-    shapes: list[tuple[int, int]], losses: list[str], turns: int, out: Path, device: torch.device, console: Console
-) -> None:
-    """The whole measurement. On a CPU, for trying the command out, there are no graphs and no launches."""
-    checks_path = out.with_name(f"{out.stem}-checks.csv")
-    for path in (out, checks_path):
-        path.unlink(missing_ok=True)
-    wrong = set()
-    for (n, dim), (precision, dtype) in itertools.product(shapes, DTYPES.items()):
-        for row in check(n, dim, dtype, device):
-            environment.append(checks_path, {"precision": precision, **row, **environment.columns(device.type)})
-            if not row["passed"]:
-                wrong.add((row["loss"], n, dim, precision))
-    _print(environment.read(checks_path), "error against float64", console)
-    copy_rate = bytes_per_second_of_a_copy(device)
-    console.print(f"measured copy: {copy_rate / 1e9:.0f} GB/s read and written together")
-    for (n, dim), (precision, dtype) in itertools.product(shapes, DTYPES.items()):
-        made = criteria(n, dim)
-        chosen = {name: made[name] for name in made if _is_chosen(name, losses)}
-        skipped = [name for name in chosen if (name, n, dim, precision) in wrong]
-        for name in skipped:
-            console.print(f"[red]{name} at {n}x{dim} {precision} failed its check and is not timed")
-            del chosen[name]
-        for row in measure(n, dim, dtype, chosen, turns, copy_rate, device, console):
-            environment.append(out, {"precision": precision, **row, **environment.columns(device.type)})
-        torch.compiler.reset()
-    _print(environment.read(out), "forward and backward", console)
-
-
-def _is_chosen(name: str, losses: list[str]) -> bool:
-    return name in ("mmi", "mmi_eager") or name.removesuffix("-compiled") in losses
-
-
-def _views(n: int, dim: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    content = torch.randn(n, dim, generator=generator)
-    return [
-        (content + 0.5 * torch.randn(n, dim, generator=generator)).to(device, dtype).requires_grad_() for _ in range(2)
-    ]
-
-
-def check(n: int, dim: int, dtype: torch.dtype, device: torch.device) -> list[dict[str, Any]]:
-    """Relative error of loss and gradient of the default, by implementation, beside plain torch's."""
-    pair = [z.detach() for z in _views(n, dim, dtype, device)]
-
-    def of(impl: str, views: list[Tensor]) -> list[Tensor]:
-        leaves = [z.clone().requires_grad_() for z in views]
-        loss = MMILoss(impl=impl)(*leaves)
-        (-1.7 * loss).backward()
-        gradients = [z.grad for z in leaves if z.grad is not None]
-        return [loss.detach().double(), *(grad.double() for grad in gradients)]
-
-    def error(got: list[Tensor]) -> list[float]:
-        return [float((x - true).norm() / true.norm()) for x, true in zip(got, truth, strict=True)]
-
-    truth = of("reference", [z.double() for z in pair])
-    plain = error(of("reference", pair))
+def check(cases: list[tuple[int, int, dict[str, Any]]], device: torch.device) -> list[dict[str, Any]]:
+    """A row per case and dtype: errors of loss and gradients by the kernels, and by plain torch in float32."""
     rows = []
-    for name, impl in (("mmi", "triton"), ("mmi_eager", "eager")):
-        errors = error(of(impl, pair))
-        tolerance = 5e-6 + (torch.finfo(dtype).eps / 2 if device.type == "cpu" and dtype != torch.float32 else 0.0)
-        row: dict[str, Any] = {"loss": name, "n": n, "d": dim}
-        for label, ours, theirs in zip(("loss", "grad_a", "grad_b"), errors, plain, strict=True):
-            row[f"{label}_error"], row[f"{label}_error_plain"] = f"{ours:.2e}", f"{theirs:.2e}"
-        row["passed"] = all(ours <= 2 * theirs + tolerance for ours, theirs in zip(errors, plain, strict=True))
+    for (n, dim, options), (precision, dtype) in itertools.product(cases, DTYPES.items()):
+        pair = _views(n, dim, dtype, device)
+        truth = _value_and_gradients("reference", [z.double() for z in pair], options)
+        # The interpreter truncates to bfloat16 where devices round to nearest.
+        tolerance = 5e-6 + (torch.finfo(dtype).eps / 2 if device.type == "cpu" and precision == "bf16" else 0.0)
+        errors = []
+        for impl in ("triton", "reference"):
+            found = _value_and_gradients(impl, pair, options)
+            errors.append([float((x - y).norm() / y.norm()) for x, y in zip(found, truth, strict=True)])
+        row: dict[str, Any] = {"n": n, "d": dim, "options": json.dumps(options), "precision": precision}
+        for name, ours, plain in zip(("loss", "grad_a", "grad_b"), *errors, strict=True):
+            row |= {f"{name}_error": f"{ours:.1e}", f"{name}_plain": f"{plain:.1e}"}
+        row["passed"] = all(ours <= 2 * plain + tolerance for ours, plain in zip(*errors, strict=True))
         rows.append(row)
     return rows
 
 
-def bytes_per_second_of_a_copy(device: torch.device) -> float:
-    """Bytes read plus bytes written per second by copying a large tensor."""
-    size = COPY_BYTES if device.type == "cuda" else COPY_BYTES // 64
-    source = torch.ones(size // 4, device=device)
-    target = torch.empty_like(source)
-    seconds = [_timed(lambda: target.copy_(source), device) for _ in range(11)]
-    return 2 * size / statistics.median(seconds[1:])
+def _views(n: int, dim: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    content = torch.randn(n, dim, generator=generator) + 1.5
+    noise = torch.randn(2, n, dim, generator=generator) / 2
+    return [(content + e).to(device, dtype) for e in noise]
+
+
+def _value_and_gradients(impl: str, views: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
+    leaves = [z.clone().requires_grad_() for z in views]
+    # What a kernel leaves unwritten is then NaN.
+    torch.use_deterministic_algorithms(impl == "triton", warn_only=True)
+    try:
+        loss = MMILoss(impl=impl, **options)(*leaves)
+        (-1.7 * loss).backward()  # 1 would hide a forgotten factor
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return [loss.detach().double(), *(z.grad.double() for z in leaves if z.grad is not None)]
+
+
+def compile_ahead_of_time(console: Console) -> None:
+    """Every kernel to machine code, by tests/triton_aot.py in a process of its own: there they are not interpreted."""
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command, root = [sys.executable, "-m", "tests.triton_aot", *PROBLEMS], Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=root)
+    if done.returncode:
+        raise SystemExit(f"a kernel does not compile:\n{done.stderr}")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    _print([row for row in rows if "kernel" in row], "compiled for GPUs that are not here", console)
+
+
+def measure_all(
+    names: list[str], deadline: float, place: dict[str, Any], out: Path, device: torch.device, console: Console
+) -> None:
+    """A row per loss, mode, shape and dtype, ours first and compiling last, until the time is up."""
+    done = {_key(row) for row in _done_here(out, place)}
+    copy_rate = bytes_per_second_of_a_copy()
+    console.print(f"measured copy: {copy_rate / 1e9:.0f} GB/s read and written together")
+    cells = list(itertools.product(MODES, names, SHAPES, TIMED_DTYPES))
+    for index, (mode, name, (n, dim), precision) in enumerate(cells):
+        key = {"loss": name, "mode": mode, "n": n, "d": dim, "precision": precision}
+        if _key(key) in done:
+            continue
+        if time.monotonic() > deadline:
+            console.print(f"[yellow]time is up; {len(cells) - index} rows are left: run the command again")
+            return
+        row = {**key, **measure(name, mode, n, dim, DTYPES[precision], copy_rate, device)}
+        environment.append(out, {**row, "copy_gb_per_s": _significant(copy_rate / 1e9), **place})
+        console.print(" ".join(f"{column}={value}" for column, value in row.items() if value != ""))
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in ("loss", "mode", "n", "d", "precision"))
+
+
+def _done_here(out: Path, place: dict[str, Any]) -> list[dict[str, str]]:
+    """The rows of this card, commit and these versions."""
+    names = [name for name in place if name not in ("date", "threads")]
+    return [row for row in environment.read(out) if all(row[name] == str(place[name]) for name in names)]
 
 
 def measure(
-    n: int,
-    dim: int,
-    dtype: torch.dtype,
-    chosen: dict[str, Callable[[], Criterion]],
-    turns: int,
-    copy_rate: float,
-    device: torch.device,
-    console: Console,
-) -> list[dict[str, Any]]:
-    """One row per loss; a loss that fails, for lack of memory say, has a row that says so."""
-    leaves = _views(n, dim, dtype, device)
-    moved = 2 * sum(z.nbytes for z in leaves)
-    steps: dict[str, Callable[[], None]] = {}
-    failures: dict[str, str] = {}
-    for name, make in chosen.items():
-        try:
-            step = _step(make(), leaves, device)
-            for _ in range(3):
-                step()
-            steps[name] = step
-        except (RuntimeError, ValueError) as error:
-            failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
-            console.print(f"{name} at {n}x{dim}: {failures[name]}")
-    eviction = torch.zeros(EVICTION_BYTES // (4 if device.type == "cuda" else 64), device=device)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(turns):
-        for name, step in steps.items():
-            eviction.add_(1)
-            times[name].append(_timed(step, device))
-    rows = []
-    for name in chosen:
-        row = dict.fromkeys(
-            ("median_ms", "q1_ms", "q3_ms", "graph_ms", "launches", "peak_extra_mib", "gb_per_s", "of_copy_rate"), ""
-        )
-        if name in steps:
-            quartiles = statistics.quantiles(times[name], n=4, method="inclusive")
-            graph = _graph_seconds(steps[name], turns, device)
-            fastest = min(statistics.median(times[name]), graph or float("inf"))
-            row = {
-                "median_ms": _significant(1e3 * statistics.median(times[name])),
-                "q1_ms": _significant(1e3 * quartiles[0]),
-                "q3_ms": _significant(1e3 * quartiles[2]),
-                "graph_ms": _significant(1e3 * graph) if graph else "",
-                "launches": str(_launches(steps[name])) if device.type == "cuda" else "",
-                "peak_extra_mib": _significant(_peak_bytes(steps[name], leaves, device) / 2**20),
-                # Both inputs read and both gradients written: what a loss has to move at least.
-                "gb_per_s": _significant(moved / fastest / 1e9),
-                "of_copy_rate": _significant(moved / fastest / copy_rate),
-            }
-        rows.append({"loss": name, "n": n, "d": dim, **row, "failure": failures.get(name, "")})
-    return rows
+    name: str, mode: str, n: int, dim: int, dtype: torch.dtype, copy_rate: float, device: torch.device
+) -> dict[str, str]:
+    """Forward and backward of one loss. One that fails, for lack of memory say, has a row that says so."""
+    row = dict.fromkeys(MEASURES, "")
+    leaves = [z.requires_grad_() for z in _views(n, dim, dtype, device)]
+    torch.compiler.reset()  # or the second shape would be compiled for all shapes
+    try:
+        with device:  # buffers of criteria that are wrapped in functions
+            criterion = _criterion(name, n, dim)
+        step = partial(_step, torch.compile(criterion) if mode == "compiled" else criterion, leaves)
+        for _ in range(3):
+            step()
+        if mode == "graph":
+            seconds = [value / REPLAYS for value in _times(_captured(step))]
+        else:
+            row |= _launches_and_memory(step, leaves)
+            seconds = _times(step)
+    except Exception as error:  # whatever a compiler or a capture raises
+        row["failure"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return row
+    for column, value in zip(("q1_ms", "median_ms", "q3_ms"), statistics.quantiles(seconds, n=4), strict=True):
+        row[column] = _significant(1e3 * value)
+    # Both inputs read and both gradients written: what a loss has to move at least.
+    rate = 2 * sum(z.nbytes for z in leaves) / statistics.median(seconds)
+    return row | {"gb_per_s": _significant(rate / 1e9), "of_copy_rate": _significant(rate / copy_rate)}
 
 
-def _step(criterion: Criterion, leaves: list[Tensor], device: torch.device) -> Callable[[], None]:
-    if isinstance(criterion, torch.nn.Module):
-        criterion.to(device)
+def _criterion(name: str, n: int, dim: int) -> Criterion:
+    if name.startswith("mmi_"):
+        return MMILoss(impl=name.removeprefix("mmi_"))
+    from benchmarks.losses import LOSSES  # it imports lightly, and that triton
 
-    def step() -> None:
-        for z in leaves:
-            z.grad = None
-        criterion(*leaves).backward()
-
-    return step
+    return LOSSES[name](n, dim)
 
 
-def _timed(step: Callable[[], Any], device: torch.device) -> float:
-    if device.type != "cuda":
-        begin = time.perf_counter()
-        step()
-        return time.perf_counter() - begin
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    step()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
+def _step(criterion: Criterion, leaves: list[Tensor]) -> None:
+    for z in leaves:
+        z.grad = None
+    criterion(*leaves).backward()
 
 
-def _graph_seconds(step: Callable[[], None], turns: int, device: torch.device) -> float | None:
-    """Median seconds of a replay of the captured step; None where it cannot be captured.
-
-    Twenty replays are timed together: a single one is shorter than what its events resolve.
-    """
-    if device.type != "cuda":
-        return None
+def _captured(step: Callable[[], None]) -> Callable[[], None]:
+    """Replays of the captured step. A host synchronisation, or memory that depends on data, raises."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    try:
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-    except RuntimeError:  # a host synchronisation, or memory that depends on data
-        torch.cuda.synchronize()
-        return None
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
 
     def replay() -> None:
-        for _ in range(20):
+        for _ in range(REPLAYS):
             graph.replay()
 
-    replay()
-    return statistics.median(_timed(replay, device) / 20 for _ in range(turns))
+    return replay
 
 
-def _launches(step: Callable[[], None]) -> int:
-    """Kernels, copies and fills of one step on the device."""
+def _times(step: Callable[[], Any]) -> list[float]:
+    """Seconds of every turn, each with the cache emptied before it."""
+    eviction = torch.zeros(EVICTION_BYTES // 4, device="cuda")
+    step()
+    seconds = []
+    for _ in range(TURNS):
+        eviction.add_(1)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3)
+    return seconds
+
+
+def bytes_per_second_of_a_copy() -> float:
+    """Bytes read plus bytes written per second by copying a large tensor."""
+    source = torch.ones(COPY_BYTES // 4, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / statistics.median(_times(lambda: target.copy_(source)))
+
+
+def _launches_and_memory(step: Callable[[], None], leaves: list[Tensor]) -> dict[str, str]:
+    """Kernels, copies and fills of one step on the device, and the peak of what it allocates beside the gradients."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         step()
         torch.cuda.synchronize()
-    return sum(1 for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA)
-
-
-def _peak_bytes(step: Callable[[], None], leaves: list[Tensor], device: torch.device) -> int:
-    """Peak of what a step allocates, without the gradients."""
-    if device.type != "cuda":
-        return 0
+    launches = sum(1 for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA)
     for z in leaves:
         z.grad = None
-    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before - sum(z.nbytes for z in leaves)
+    peak = torch.cuda.max_memory_allocated() - before - sum(z.nbytes for z in leaves)
+    return {"launches": str(launches), "peak_extra_mib": _significant(peak / 2**20)}
+
+
+def decision(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Per mode, shape and dtype: the times of the others over that of the kernels. Above 1 the kernels win."""
+    times = {_key(row): float(row["median_ms"]) for row in rows if row["median_ms"]}
+    ratios = []
+    for mode, (n, dim), precision in itertools.product(MODES, SHAPES, TIMED_DTYPES):
+        of = {name: times.get((name, mode, str(n), str(dim), precision)) for name in NAMES}
+        ours = of.pop("mmi_triton")
+        if ours is None:
+            continue
+        fastest = min((name for name in RIVALS if of[name]), key=lambda name: of[name] or 0.0, default="")
+        row = {"mode": mode, "n": n, "d": dim, "precision": precision, "mmi_triton ms": _significant(ours)}
+        row |= {name: _significant(value / ours) if value else "" for name, value in of.items()}
+        ratios.append({**row, "fastest rival": fastest})
+    return ratios
 
 
 def _significant(value: float) -> str:
-    return f"{value:.4g}"
+    return f"{value:.3g}"
 
 
-def _print(rows: list[dict[str, str]], title: str, console: Console) -> None:
-    if not rows:
-        return
-    hidden = set(environment.columns())
-    names = [name for name in rows[0] if name not in hidden]
-    table = Table(title=title, caption=rows[0]["device"])
-    for name in names:
+def _print(rows: list[dict[str, Any]], title: str, console: Console) -> None:
+    table = Table(title=title)
+    for name in rows[0] if rows else ["nothing"]:
         table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(*(row[name] for name in names))
+        table.add_row(*map(str, row.values()))
     console.print(table)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,6 +1,5 @@
-"""What can be wrong with a call: errors that name argument, value and remedy, and warnings.
-
-The hot path asks in one line whether all is well (:mod:`mmi_loss.functional`); here is found out what is not.
+"""What can be wrong with a call: errors that name argument, value and remedy, and warnings. The hot path asks whether all
+is well (:mod:`mmi_loss.functional`); here is found out what is not.
 """
 
 from __future__ import annotations
@@ -19,80 +18,65 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def views_of_call(z_a: Any, z_b: Any, local_proj: Any, global_proj: Any) -> list[Any]:
-    """The views of a call of the module that is not simply one of two tensors, in the order in which they are given.
-
-    Multi-crop's views are all views of one image: global ones first.
+    """The views of a call of the module that is not simply one of two tensors; multi-crop's global ones first.
 
     Raises:
         TypeError: No form of the call fits; the message lists them.
     """
     is_multicrop = local_proj is not None or global_proj is not None
     if is_multicrop and z_a is None and z_b is None:
-        return [*_stack("global_proj", global_proj), *_stack("local_proj", local_proj)]
+        stacks = {"global_proj": global_proj, "local_proj": local_proj}
+        for name, stack in stacks.items():
+            if isinstance(stack, Tensor) and stack.ndim != 3:
+                raise ValueError(f"{name} must have shape (V, N, D), got {tuple(stack.shape)}; stack the views first")
+        return [z for stack in stacks.values() if stack is not None for z in stack]
     if not is_multicrop and z_a is not None and z_b is not None:
         return [z_a, z_b]
-    if not is_multicrop and z_a is not None:
-        if isinstance(z_a, (list, tuple)):
-            return list(z_a)
-        if isinstance(z_a, Tensor) and z_a.ndim == 3:
-            return _stack("z_a", z_a)
+    if not is_multicrop and (isinstance(z_a, (list, tuple)) or (isinstance(z_a, Tensor) and z_a.ndim == 3)):
+        return list(z_a)
     got = {"z_a": z_a, "z_b": z_b, "local_proj": local_proj, "global_proj": global_proj}
-    shown = ", ".join(f"{name}: {_describe(value)}" for name, value in got.items() if value is not None)
+    shapes = {name: tuple(getattr(value, "shape", ())) for name, value in got.items() if value is not None}
     raise TypeError(
-        "MMILoss takes two views (z_a, z_b), each (N, D); a list of views; a stacked (V, N, D) tensor; or "
-        f"local_proj= and global_proj=, (V, N, D) each. Got {shown or 'nothing'}"
+        "MMILoss takes two views (z_a, z_b), each (N, D); a list of views; a stacked (V, N, D) tensor; or local_proj= and "
+        f"global_proj=, (V, N, D) each. Got {', '.join(f'{n} {shape}' for n, shape in shapes.items()) or 'nothing'}"
     )
 
 
-def _stack(name: str, views: Any) -> list[Any]:
-    if views is None:
-        return []
-    if isinstance(views, Tensor) and views.ndim != 3:
-        raise ValueError(f"{name} must have shape (V, N, D), got {tuple(views.shape)}; stack the views first")
-    return list(views)
-
-
-def _describe(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-
-
 def explain(views: Sequence[Any], may_differ_in_width: bool, may_be_few: bool) -> None:
-    """Raises what is wrong with the views, if anything is.
-
-    Raises:
-        TypeError: Not dense floating point tensors.
-        ValueError: Their number, shapes or devices do not fit.
+    """Raises what is wrong with the views, if anything is: TypeError for what is no dense floating point tensor,
+    ValueError for their number, shapes or devices.
     """
     names = ["z_a", "z_b"] if len(views) == 2 else [f"views[{i}]" for i in range(len(views))]
     if len(views) < 2:
         raise ValueError(f"mutual information needs at least 2 views, got {len(views)}")
+    first = views[0]
     for name, z in zip(names, views, strict=True):
+        pair = f"{names[0]} and {name} must"
         if not isinstance(z, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(z).__name__}")
         if z.layout != torch.strided:
             raise TypeError(f"{name} must be dense, got layout {z.layout}; convert it with {name}.to_dense()")
-        if not z.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {z.dtype}; convert it with {name}.float()")
-        if z.dtype.itemsize < 2:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {z.dtype}")
+        if not z.is_floating_point() or z.dtype.itemsize < 2:
+            raise TypeError(
+                f"{name} must be floating point of 16 bits or more, got {z.dtype}; convert it with .float()"
+            )
         if z.ndim != 2:
             raise ValueError(
                 f"{name} must have shape (N, D), got {tuple(z.shape)}; flatten or pool the other dimensions"
             )
-        if len(z) != len(views[0]) or (z.shape[1] != views[0].shape[1] and not may_differ_in_width):
-            raise ValueError(
-                f"{names[0]} and {name} must have the same shape, got {tuple(views[0].shape)} and {tuple(z.shape)}; "
-                "row i of every view must come from the same image"
-                + ("" if len(z) != len(views[0]) else "; objective='joint' takes views of different width")
-            )
-        if z.device != views[0].device:
-            raise ValueError(f"{names[0]} and {name} must be on the same device, got {views[0].device} and {z.device}")
+        if len(z) != len(first) or (z.shape != first.shape and not may_differ_in_width):
+            hint = "row i of every view must come from the same image"
+            if len(z) == len(first):
+                hint += "; objective='joint' takes views of different width"
+            raise ValueError(f"{pair} have the same shape, got {tuple(first.shape)} and {tuple(z.shape)}; {hint}")
+        if z.device != first.device:
+            raise ValueError(f"{pair} be on the same device, got {first.device} and {z.device}")
         if z.shape[1] < 1:
             raise ValueError(f"{name} must have at least one feature, got shape {tuple(z.shape)}")
-    if len(views[0]) < 2 and not may_be_few:
+    if len(first) < 2 and not may_be_few:
         raise ValueError(
-            f"{names[0]} must hold at least 2 samples, got shape {tuple(views[0].shape)}; statistics over the batch "
-            "need more, so drop the last incomplete batch (drop_last=True)"
+            f"{names[0]} must hold at least 2 samples, got shape {tuple(first.shape)}; statistics over the batch need "
+            "more, so drop the last incomplete batch (drop_last=True)"
         )
 
 
@@ -100,10 +84,8 @@ def check_step(step: Any) -> None:
     """Raises TypeError unless ``step`` is one integer."""
     if isinstance(step, Tensor):
         if step.dtype not in _INTEGERS or step.numel() != 1:
-            raise TypeError(
-                f"step must be one integer, got a tensor of {step.dtype} and shape {tuple(step.shape)}; pass a scalar "
-                "of dtype int64"
-            )
+            what = f"a tensor of {step.dtype} and shape {tuple(step.shape)}"
+            raise TypeError(f"step must be one integer, got {what}; pass a scalar of dtype int64")
     elif isinstance(step, bool) or not isinstance(step, numbers.Integral):
         raise TypeError(f"step must be an int or an integer tensor, got {step!r}; convert it with int(step)")
 
@@ -124,8 +106,8 @@ def warn_if_starved(objective: str, samples: int, dim: int) -> None:
 def warn_without_slices(num_slices: int, slice_dim: int, dim: int) -> None:
     """Warns that there is nothing to average over."""
     warnings.warn(
-        f"num_slices={num_slices} has no effect: with {dim} features a slice of slice_dim={slice_dim} holds all of "
-        f"them. Leave num_slices out, or take a slice_dim below {dim}.",
+        f"num_slices={num_slices} has no effect: a slice of slice_dim={slice_dim} holds all {dim} features. Leave it out, "
+        f"or take a slice_dim below {dim}.",
         UserWarning,
         stacklevel=2,
     )

@@ -13,13 +13,11 @@ from torch import Tensor
 
 
 def canonical_correlations(z_a: Tensor, z_b: Tensor) -> Tensor:
-    """Sample canonical correlations of two views (N, D_a) and (N, D_b), descending, in [0, 1].
+    """Sample canonical correlations of two views (N, D_a) and (N, D_b), descending, in [0, 1], float64.
 
-    They are the cosines of the principal angles between the spans of the centred features (Bjorck and Golub 1973).
-
-    Returns:
-        min(rank of z_a, rank of z_b) correlations, float64; none where a view is constant. Those which rounding cannot
-        tell from 1 are 1. With N - 1 below the sum of the ranks, some are 1 for any data.
+    They are the cosines of the principal angles between the spans of the centred features (Bjorck and Golub 1973), as
+    many as the smaller rank; none where a view is constant. Those which rounding cannot tell from 1 are 1. With N - 1
+    below the sum of the ranks, some are 1 for any data.
 
     Example:
         >>> z = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
@@ -45,26 +43,17 @@ def effective_rank(z: Tensor) -> Tensor:
     return torch.special.entr(spectrum / spectrum.sum()).sum().exp() * bool(len(spectrum))
 
 
-def mutual_information(z_a: Tensor, z_b: Tensor, bias_correction: bool = True, shape: float = 1.0) -> Tensor:
-    r"""I(Z; Z') of two samples in nats, from second-order statistics, without noise floor.
+def mutual_information(z_a: Tensor, z_b: Tensor, bias_correction: bool = True) -> Tensor:
+    r"""I(Z; Z') in nats of two samples (N, D_a) and (N, D_b), from second-order statistics, without noise floor:
 
     .. math:: I = \tfrac12 [\log\det C_{aa} + \log\det C_{bb} - \log\det C_{joint}] = -\tfrac12 \sum_i \log(1-\rho_i^2)
 
-    (Chang et al. 2024, Theorem 1; exact for jointly Gaussian views and for invertible maps of such.)
+    (Chang et al. 2024, Theorem 1; exact for jointly Gaussian views and for invertible maps of such.) A float64 scalar: 0
+    if a view is constant; infinity if a direction of one is, up to rounding, one of the other.
 
-    Args:
-        z_a: (N, D_a), any floating dtype.
-        z_b: (N, D_b).
-        bias_correction: Subtract the expectation of the estimate's error, exactly known for Gaussian samples of these
-            ranks: :func:`spurious_information`. The corrected estimate may be negative.
-        shape: Shape s of the generalised Gaussian (Theorem 2); 1 is the Gaussian. It adds
-            :func:`generalised_gaussian_constant` of the ranks.
-
-    Returns:
-        A float64 scalar: 0 if a view is constant; infinity if a direction of one is, up to rounding, one of the other.
-
-    Raises:
-        ValueError: N - 1 is below the sum of the ranks: any so few samples look dependent.
+    ``bias_correction`` subtracts the expectation of the estimate's error, exactly known for Gaussian samples of these
+    ranks (:func:`spurious_information`); the corrected estimate may be negative. A ValueError says that N - 1 is below
+    the sum of the ranks: any so few samples look dependent.
 
     Example:
         >>> z = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))
@@ -74,14 +63,9 @@ def mutual_information(z_a: Tensor, z_b: Tensor, bias_correction: bool = True, s
     """
     _check(z_a=z_a, z_b=z_b)
     basis_a, basis_b = _orthonormal_basis(z_a), _orthonormal_basis(z_b)
-    rank_a, rank_b = basis_a.shape[1], basis_b.shape[1]
-    spurious = spurious_information(len(z_a), rank_a, rank_b)
+    spurious = spurious_information(len(z_a), basis_a.shape[1], basis_b.shape[1])
     information = 0.5 * (-torch.log1p(-_cosines(basis_a, basis_b).square())).sum()
-    if bias_correction:
-        information = information - spurious
-    if shape != 1.0:
-        information = information + generalised_gaussian_constant(rank_a, rank_b, shape)
-    return information
+    return information - spurious if bias_correction else information
 
 
 def spurious_information(n: int, dim_a: int, dim_b: int) -> float:
@@ -101,52 +85,8 @@ def spurious_information(n: int, dim_a: int, dim_b: int) -> float:
             f"{n} samples of {dim_a} + {dim_b} independent features: the joint covariance is singular and the estimate "
             "infinite for any data; use more samples or fewer features (a random slice, for example)"
         )
-
-    def expected_log_det(dim: int) -> float:
-        half_degrees = (n - 1 - torch.arange(dim, dtype=torch.float64)) / 2
-        return float(torch.digamma(half_degrees).sum())
-
-    return 0.5 * (expected_log_det(dim_a) + expected_log_det(dim_b) - expected_log_det(dim_a + dim_b))
-
-
-def generalised_gaussian_constant(dim_a: int, dim_b: int, shape: float) -> float:
-    """What Theorem 2 adds to the Gaussian expression under a generalised Gaussian of shape s, in nats.
-
-    Our reading: both views and their joint vector follow the multivariate generalised Gaussian
-    ``p(x) ~ exp(-(x^T M^-1 x)^s / 2)``, whose entropy is half the log det of its covariance plus a term of shape
-    and dimension only. Marginals of such a joint law are not themselves of this family unless s = 1: the constant
-    takes the theorem's premise as given, and is negative for s != 1. What a joint law adds with its own marginals is
-    a positive number, as independent of the covariance (``tests/test_theorems.py`` has both).
-
-    Example:
-        >>> f"{generalised_gaussian_constant(1, 1, 0.5):.3f}"
-        '-0.046'
-    """
-    separate = generalised_gaussian_entropy(dim_a, shape) + generalised_gaussian_entropy(dim_b, shape)
-    return separate - generalised_gaussian_entropy(dim_a + dim_b, shape)
-
-
-def generalised_gaussian_entropy(dim: int, shape: float) -> float:
-    """Differential entropy, in nats, of the ``dim``-variate generalised Gaussian with identity covariance.
-
-    The radius is ``R = G^{1/(2s)}`` with G/2 ~ Gamma(d/(2s)), which gives the normaliser, E[G]/2 and E[R^2] below
-    (Gomez, Gomez-Villegas and Marin 1998). No features have entropy 0. ValueError: ``shape`` is not positive.
-
-    Example:
-        >>> f"Laplace {generalised_gaussian_entropy(1, 0.5):.3f}, normal {generalised_gaussian_entropy(1, 1.0):.3f}"
-        'Laplace 1.347, normal 1.419'
-    """
-    if not 0 < shape < math.inf:
-        raise ValueError(f"shape must be positive and finite, got {shape}; 1 is the Gaussian, 0.5 the Laplace law")
-    if dim == 0:
-        return 0.0
-    power = dim / (2 * shape)
-    log_normaliser = (
-        math.log(shape) + math.lgamma(dim / 2) - dim / 2 * math.log(math.pi) - math.lgamma(power) - power * math.log(2)
-    )
-    # Covariance = M * E[R^2] / d; the entropy is invariant up to the log det of the rescaling to unit covariance.
-    log_second_moment = math.log(2) / shape + math.lgamma((dim + 2) / (2 * shape)) - math.lgamma(power)
-    return -log_normaliser + power - dim / 2 * (log_second_moment - math.log(dim))
+    digamma = torch.digamma((n - 1 - torch.arange(dim_a + dim_b, dtype=torch.float64)) / 2)
+    return 0.5 * float(digamma[:dim_a].sum() + digamma[:dim_b].sum() - digamma.sum())
 
 
 def _check(**samples: Tensor) -> None:

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 def is_active(group: ProcessGroup | None) -> bool:
     """Whether there is more than this process to reduce over."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+    return dist.is_available() and dist.is_initialized() and world_size(group) > 1
+
+
+def world_size(group: ProcessGroup | None) -> int:
+    """The number of ranks of the group."""
+    return dist.get_world_size(group)
 
 
 def sum_constant(x: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -36,37 +41,32 @@ def share(views: Sequence[Tensor], fingerprints: Sequence[int | Tensor], group: 
     the sums travel their bits: where each is set on no rank or on all, all ranks hold the same.
 
     The count is NaN where it is less than 2, or the ranks disagree: an error would need the host to wait for it; a NaN
-    passes it on. On the CPU, where nothing waits, disagreement is an error on every rank.
-
-    Raises:
-        RuntimeError: The ranks disagree (CPU, eager mode).
+    passes it on. On the CPU, where nothing waits, disagreement is a RuntimeError on every rank.
     """
     sums = [z.detach().sum(-2, keepdim=True) for z in views]
     shifts = torch.arange(32, device=views[0].device)
-    bits = [(fingerprint >> shifts) & 1 for fingerprint in fingerprints]
-    own_count = sums[0].new_full((1,), views[0].shape[-2])
-    sent = [*(x.flatten() for x in sums), own_count, torch.cat(bits).to(sums[0].dtype)]
-    *totals, count, agreed = sum_constant(torch.cat(sent), group).split([len(x) for x in sent])
-    disagree = (agreed != 0) & (agreed != dist.get_world_size(group))
+    bits = torch.cat([(fingerprint >> shifts) & 1 for fingerprint in fingerprints])
+    sent = [*(x.flatten() for x in sums), sums[0].new_full((1,), views[0].shape[-2]), bits.to(sums[0].dtype)]
+    *totals, count, set_bits = sum_constant(torch.cat(sent), group).split([len(x) for x in sent])
+    disagree = (set_bits != 0) & (set_bits != world_size(group))
     if views[0].device.type == "cpu" and not torch.compiler.is_compiling() and bool(disagree.any()):
-        _explain(disagree.view(-1, 32).any(1).tolist())
+        _raise_disagreement(options_differ=bool(disagree[:32].any()))
     count = count.masked_fill((count < 2) | disagree.any(), float("nan"))
     means = [total.view_as(x) / count for total, x in zip(totals, sums, strict=True)]
     return Shared(count[0], means, partial(sum_constant, group=group))
 
 
-def _explain(is_different: list[bool]) -> None:
-    options_differ, slices_differ = is_different
-    what = "options of the loss, or the number or width of its views," if options_differ else "step counter or seed"
-    raise RuntimeError(
-        f"the {what} differ between ranks, so that they would train on different losses. "
-        + (
-            "Construct MMILoss alike on every rank."
-            if options_differ and not slices_differ
-            else "Call the loss equally often on every rank, and load the same checkpoint on all of them; "
-            "`loss.step.fill_(n)` with one n on all ranks sets the counters right."
-        )
+def _raise_disagreement(options_differ: bool) -> None:
+    what, remedy = (
+        "step counter or seed",
+        (
+            "Call the loss equally often on every rank and load one checkpoint on all; loss.step.fill_(n) with one n on all "
+            "ranks sets the counters right"
+        ),
     )
+    if options_differ:
+        what, remedy = "options of the loss, or the views' number or width,", "Construct MMILoss alike on every rank"
+    raise RuntimeError(f"the {what} differ between ranks, which would train on different losses. {remedy}.")
 
 
 class _Concatenate(torch.autograd.Function):
@@ -94,17 +94,15 @@ class _Concatenate(torch.autograd.Function):
 
 
 def batch_sizes(x: Tensor, fingerprint: int, group: ProcessGroup | None) -> list[int]:
-    """The number of rows of every rank. It waits for the device: the sizes of what follows depend on it.
-
-    Raises:
-        RuntimeError: ``fingerprint`` differs between ranks.
+    """The number of rows of every rank. It waits for the device: the sizes of what follows depend on it. A RuntimeError
+    says that ``fingerprint`` differs between ranks.
     """
     own = torch.tensor([x.shape[0], fingerprint], device=x.device)
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group=group)
     sizes, fingerprints = torch.stack(gathered).T.tolist()
     if any(other != fingerprint for other in fingerprints):
-        _explain([True, False])
+        _raise_disagreement(options_differ=True)
     return sizes
 
 

@@ -1,15 +1,14 @@
 """The objectives: one row each of a table that every route and the reference read.
 
-A route turns the views into parts, takes second moments of some of the parts, and log det(I + moment / noise) of each.
-An objective says which parts a moment takes and how the log-determinants add up to entropies; the loss follows.
-
-There are two kinds of parts:
+A route turns the views into parts, takes second moments of some of the parts, and log det(I + moment / noise) of each. An
+objective says which parts a moment takes and how the log-determinants add up to entropies; the loss follows. The parts
+are of two kinds:
 
 * *Pooled* views are more samples of the same features. Their parts are orthonormal contrasts of the views: number 0 is
   their mean (up to a factor), what they share; the others are what they differ in. A moment is the mean of the second
-  moments of its contrasts, which are its degrees of freedom.
-* Otherwise views are more features of the same samples, and may differ in width. The parts are the views themselves,
-  and a moment is the joint covariance of its views.
+  moments of its contrasts, whose number are its degrees of freedom.
+* Otherwise views are more features of the same samples, and may differ in width. The parts are the views themselves, and
+  a moment is the joint covariance of its views.
 """
 
 from __future__ import annotations
@@ -21,24 +20,18 @@ Weights = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Objective:
-    """One row. ``moments`` are (first part, last part + 1; None: to the end).
-
-    The entropies are weights of the log-determinants: half of the weighted sum is the Gaussian differential entropy of
-    standardised features plus noise, up to the constant of their number.
-
-    ``is_pairwise``: of more than two views, the mean over all pairs is taken. ``is_spurious``: from few samples per
-    feature it measures chance.
+    """One row. Half the weighted sum of the log-determinants is the Gaussian differential entropy of standardised features
+    plus noise, up to the constant of their number.
     """
 
     is_pooled: bool
-    is_pairwise: bool
-    is_spurious: bool
-    moments: tuple[tuple[int, int | None], ...]
+    is_pairwise: bool  # of more than two views, the mean over all pairs
+    is_spurious: bool  # from few samples per feature it measures chance
+    moments: tuple[tuple[int, int | None], ...]  # first part, last part + 1 (None: to the end)
     entropy_a: Weights
     entropy_b: Weights
     conditional_entropy: Weights
-    weights: Weights = field(init=False)
-    """Of the log-determinants in -2 I = 2 H(Z_a | .) - 2 H(Z_a), twice the loss."""
+    weights: Weights = field(init=False)  # in twice the loss, -2 I = 2 H(Z_a | .) - 2 H(Z_a)
 
     def __post_init__(self) -> None:
         pairs = zip(self.conditional_entropy, self.entropy_a, strict=True)

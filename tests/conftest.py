@@ -1,12 +1,11 @@
-"""Shared fixtures: reproducible data, quiet warnings where a test provokes them."""
+"""What all tests share: reproducible data, few threads, few examples."""
 
 import os
 
 import hypothesis
-import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, torch.get_num_threads()))
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined: without a GPU its kernels are run by its interpreter, on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -26,9 +25,3 @@ def views(n, dim, dtype=torch.float64, seed=0, noise=0.7):
         z = (content + noise * torch.randn(n, dim, generator=generator, dtype=torch.float64)) @ mixing + 1.5
         pair.append(z.to(dtype).requires_grad_())
     return pair
-
-
-@pytest.fixture
-def starved_is_fine(recwarn):
-    """Joint and exchangeable estimates of few samples warn; here that is not the subject."""
-    return recwarn

@@ -343,23 +343,22 @@ def test_components_add_up(shape, seed, objective, options, log_det, snr):
     assert_close(entropy_a + entropy_b - joint_entropy, mutual_information.item(), abs_=tolerance)
 
 
-@given(seed=seeds, dims=st.tuples(st.integers(1, 5), st.integers(1, 5)), shape=st.floats(0.2, 5))
-def test_measured_information_is_invariant(seed, dims, shape):
+@given(seed=seeds, dims=st.tuples(st.integers(1, 5), st.integers(1, 5)))
+def test_measured_information_is_invariant(seed, dims):
     """``mutual_information`` has no noise floor: any invertible affine map of either view leaves it alone."""
     dim_a, dim_b = dims
     z_a, z_b = draw_views((40, max(dims)), seed)
     z_a, z_b = z_a[:, :dim_a], z_b[:, :dim_b]
-    value = diagnostics.mutual_information(z_a, z_b, shape=shape).item()
+    value = diagnostics.mutual_information(z_a, z_b).item()
     generator = torch.Generator().manual_seed(seed)
     map_a, map_b = (torch.randn(d, d, generator=generator, dtype=torch.float64) for d in dims)
     assume(max(torch.linalg.cond(map_a), torch.linalg.cond(map_b)) < 1e3)
     assume(diagnostics.canonical_correlations(z_a, z_b).max() < 0.9999)
-    assert_close(diagnostics.mutual_information(z_b @ map_b, z_a @ map_a - 7, shape=shape).item(), value, 1e-6, 1e-6)
+    assert_close(diagnostics.mutual_information(z_b @ map_b, z_a @ map_a - 7).item(), value, 1e-6, 1e-6)
     plain = diagnostics.mutual_information(z_a, z_b, bias_correction=False).item()
     assert_close(plain, -0.5 * np.log1p(-(oracle.canonical_correlations(z_a, z_b) ** 2)).sum(), 1e-6, 1e-8)
     bias = diagnostics.spurious_information(40, *dims)
-    constant = diagnostics.generalised_gaussian_constant(*dims, shape)
-    assert_close(value, plain - bias + constant)
+    assert_close(value, plain - bias)
     assert bias > 0
 
 

@@ -14,7 +14,8 @@ import math
 import pytest
 import torch
 
-from mmi_loss.diagnostics import generalised_gaussian_constant, mutual_information
+from benchmarks.generalised_gaussian import generalised_gaussian_constant
+from mmi_loss.diagnostics import mutual_information
 
 SAMPLES = 20_000
 CORRELATIONS = torch.tensor([0.9, 0.6, 0.3], dtype=torch.float64)

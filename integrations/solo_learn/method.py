@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import warnings
 from collections.abc import Sequence
@@ -15,14 +14,13 @@ from solo.utils.misc import omegaconf_select
 from torch import nn
 
 from mmi_loss import MMILoss
+from mmi_loss.options import DEFAULTS, Options
 
 PROJECTOR = ("proj_hidden_dim", "proj_output_dim")
 
-# As solo-learn's Barlow Twins and VICReg, whose statistics are those of the global batch.
-OPTIONS = {
-    **{name: option.default for name, option in inspect.signature(MMILoss).parameters.items()},
-    "gather_distributed": True,
-}
+# Statistics are those of the global batch, as in solo-learn's Barlow Twins and VICReg. A process group is an object, which
+# no configuration holds.
+OPTIONS = {name: default for name, default in DEFAULTS.items() if name != "process_group"} | {"gather_distributed": True}
 
 # What the configurations of solo-learn's own methods hold in `method_kwargs`: `--config-name barlow method=mmi`
 # inherits such keys, and they are no mistakes. Anything else that is not ours is one.
@@ -48,7 +46,7 @@ class MMI(BaseMethod):
         method_kwargs:
             proj_hidden_dim (int): number of neurons of the hidden layers of the projector.
             proj_output_dim (int): number of dimensions of projected features.
-            any option of :class:`mmi_loss.MMILoss`, by its name and with its default, but
+            any option of :class:`mmi_loss.MMILoss` but ``process_group``, by its name and with its default, but
             ``gather_distributed=True``.
     """
 
@@ -71,7 +69,8 @@ class MMI(BaseMethod):
         """Writes the loss's options into ``cfg.method_kwargs``, so that a checkpoint's ``args.json`` has them all.
 
         Raises:
-            ValueError: A projector dimension is missing, or a key is no method's.
+            ValueError: A projector dimension is missing, a key is no method's, or an option's value does not fit.
+            TypeError: An option is of another type.
         """
         cfg = BaseMethod.add_and_assert_specific_cfg(cfg)
         for name in PROJECTOR:
@@ -85,9 +84,10 @@ class MMI(BaseMethod):
         if others:
             ignored = ", ".join(f"{name}={cfg.method_kwargs[name]}" for name in others)
             warnings.warn(f"method=mmi ignores the method_kwargs of another method: {ignored}", stacklevel=2)
-        for name, default in OPTIONS.items():
-            given = name in cfg.method_kwargs
-            cfg.method_kwargs[name] = omegaconf_select(cfg, f"method_kwargs.{name}") if given else default
+        given = {name: omegaconf_select(cfg, f"method_kwargs.{name}") for name in OPTIONS if name in cfg.method_kwargs}
+        resolved = Options(**{**OPTIONS, **given}).given()
+        for name in OPTIONS:
+            cfg.method_kwargs[name] = resolved[name]
         return cfg
 
     @property

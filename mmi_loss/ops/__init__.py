@@ -1,4 +1,1 @@
-"""Operations on tensors, one file each: forward, closed-form backward, derivation in the comments.
-
-They know neither options nor process groups.
-"""
+"""Operations on tensors. They know neither options nor process groups."""

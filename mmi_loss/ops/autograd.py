@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Backward = Callable[..., Any]
-
 
 class _Refusal(torch.autograd.Function):
     """The identity, with a derivative that raises: a gradient passed through it can be used, not differentiated."""
@@ -27,7 +25,7 @@ class _Refusal(torch.autograd.Function):
         )
 
 
-def closed_form(backward: Backward) -> Backward:
+def closed_form(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a Function's backward: full precision under any autocast, and a second derivative is an error.
 
     (``once_differentiable`` returns a silent zero where the incoming gradient is a constant, as it is for a loss.)
@@ -44,9 +42,7 @@ def closed_form(backward: Backward) -> Backward:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return outputs
 
-        def refuse(output: Any) -> Any:
-            return _Refusal.apply(output.detach().requires_grad_()) if isinstance(output, Tensor) else output
-
-        return tuple(map(refuse, outputs)) if isinstance(outputs, tuple) else refuse(outputs)
+        refused = [_Refusal.apply(x.detach().requires_grad_()) if isinstance(x, Tensor) else x for x in outputs]
+        return tuple(refused)
 
     return wrapped

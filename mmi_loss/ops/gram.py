@@ -47,21 +47,18 @@ def _symmetric_product(rows: Tensor) -> Tensor:
 
 
 class _GramLoss(torch.autograd.Function):
-    """L = 1/2 sum_j w_j log det A_j on all features. With the parts U_i of the views and n = 1 / (std V sqrt(N noise)),
+    """The loss of :class:`mmi_loss.ops.covariance.CovarianceLoss` on all features (N, D), with R = n U and
 
-        A_j = I + K_j V / V_j,    K = (n U) (n U)^T.
+        A_j = I + K_j V / V_j,    K = R R^T.
 
-    Pooled views: U stacks the V contrasts, K_j is the block of the V_j that the moment takes. Views side by side
-    (V = 1): K_j is the sum of the Gram matrices of j's views, n U restricted to their features.
-
-    Backward, with F_j = dL/dA_j = w_j A_j^-1 / 2: dR = 2 (sum_j F_j V / V_j, each in its place) R for R = n U, and through
-    the variance sum u^2 / (V^2 N) over all rows,
+    Pooled views: R stacks the V contrasts, K_j is the block of the V_j that the moment takes. Views side by side: K_j is
+    the sum of the Gram matrices of j's views, R restricted to their features. Backward: dR = 2 (sum_j F_j V / V_j, each in
+    its place) R, and through the variance sum u^2 / (V^2 N) over all rows,
 
         dU = n (dR - R t noise),    t = sum_rows dR R.
 
-    The mean enters the shared contrast alone, whose gradient is therefore centred. (For functions of the spectrum, as
-    all that is taken here, it is centred already but for rounding; where the mean is far larger than the deviation,
-    that rounding is the largest error.)
+    The mean enters the shared contrast alone, whose gradient is therefore centred. (It is already but for rounding, which
+    is the largest error where the mean is far larger than the deviation.)
     """
 
     @staticmethod
@@ -71,35 +68,40 @@ class _GramLoss(torch.autograd.Function):
         samples, widths = views[0].shape[0], [z.shape[-1] for z in views]
         parts = contrasts(views) if objective.is_pooled else side_by_side(views)
         num_parts, _, dim = parts.shape
-        rows = parts.view(num_parts * samples, dim)
+        rows, weight = parts.view(num_parts * samples, dim), num_parts**2 * samples
         location = None
         if is_computed:
             location = views[0][0] if objective.is_pooled else torch.cat([z[0] for z in views])
-        weight = num_parts**2 * samples
         n = inverse_std(column_dots(rows, rows).div_(weight), location).mul_((weight * noise) ** -0.5)
         rows = torch.mul(rows, n, out=None if torch.compiler.is_compiling() else rows)
-        groups, null_dims = [], []
+        # The range of samples or of views that a moment takes, and its degrees of freedom.
+        ranges = [
+            range(num_parts if objective.is_pooled else len(views))[slice(*moment)] for moment in objective.moments
+        ]
         if objective.is_pooled:
-            products = _symmetric_product(rows)
-            for moment in objective.moments:
-                block, degrees = _rows_of(moment, num_parts, samples)
-                groups.append(_identity_plus(products[block, block], num_parts / degrees))
-                null_dims.append(dim - degrees * samples)
+            blocks = [slice(r.start * samples, r.stop * samples) for r in ranges]
+            product = _symmetric_product(rows)
+            grams = [product[block, block] * (num_parts / len(r)) for block, r in zip(blocks, ranges, strict=True)]
+            null_dims = [dim - len(r) * samples for r in ranges]
         else:
-            grams = [_symmetric_product(columns) for columns in rows.split(widths, dim=-1)]
-            for first, last in objective.moments:
-                groups.append(_identity_plus(sum(grams[first:last][1:], grams[first:last][0]), 1.0))
-                null_dims.append(sum(widths[first:last]) - samples)
+            of_views = torch.stack([_symmetric_product(columns) for columns in rows.split(widths, dim=-1)])
+            grams = [of_views[r.start : r.stop].sum(0) for r in ranges]
+            null_dims = [sum(widths[r.start : r.stop]) - samples for r in ranges]
+        identities = [torch.eye(len(gram), dtype=gram.dtype, device=gram.device) for gram in grams]
+        groups = [(gram + identity)[None] for gram, identity in zip(grams, identities, strict=True)]
         # The factors of F_j = w_j A_j^-1 / 2 and of 2 F_j R cancel.
         log_dets, factors = log_det(groups, null_dims, objective.weights)
         loss = weighted_sum(log_dets, objective.weights)
         if objective.is_pooled:
-            total = _in_their_blocks(factors, objective, num_parts, samples)
+            margins = [(b.start, num_parts * samples - b.stop) * 2 for b in blocks]
+            placed = [F.pad(f * (num_parts / len(r)), m) for (f,), r, m in zip(factors, ranges, margins, strict=True)]
+            total = torch.stack(placed).sum(0)
         else:
-            total = _sums_by_view(factors, objective)
+            chosen = [[f for (f,), r in zip(factors, ranges, strict=True) if view in r] for view in range(len(views))]
+            total = torch.stack([torch.stack(of_view).sum(0) for of_view in chosen])
         # Where the loss is NaN, so is every gradient.
         ctx.save_for_backward(rows, torch.add(n, loss, alpha=0), total)
-        ctx.is_pooled, ctx.noise, ctx.widths = objective.is_pooled, noise, widths
+        ctx.num_parts, ctx.noise, ctx.widths = num_parts, noise, None if objective.is_pooled else widths
         ctx.mark_non_differentiable(log_dets)
         return loss, log_dets
 
@@ -107,52 +109,17 @@ class _GramLoss(torch.autograd.Function):
     @closed_form
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         rows, n, total = ctx.saved_tensors
-        if ctx.is_pooled:
+        if ctx.widths is None:
             grad_rows = total @ rows
         else:
             columns = zip(total, rows.split(ctx.widths, dim=-1), strict=True)
             grad_rows = torch.cat([factor @ column for factor, column in columns], dim=-1)
         shrink = column_dots(grad_rows, rows).mul_(ctx.noise)
         grad_rows = grad_rows.addcmul_(rows, shrink, value=-1).mul_(n * grad)
-        num_parts = len(ctx.widths) if ctx.is_pooled else 1
-        shared, *others = grad_rows.view(num_parts, -1, rows.shape[-1]).unbind()
+        shared, *others = grad_rows.view(ctx.num_parts, -1, rows.shape[-1]).unbind()
         shared = torch.sub(shared, shared.mean(0), out=None if torch.compiler.is_compiling() else shared)
-        if ctx.is_pooled:
-            return *(None,) * 4, *gradients_of_views([shared, *others])
-        return *(None,) * 4, *shared.split(ctx.widths, dim=-1)
-
-
-def _rows_of(moment: tuple[int, int | None], num_parts: int, samples: int) -> tuple[slice, int]:
-    """The rows of the contrasts that a moment takes, and how many they are."""
-    degrees = range(num_parts)[slice(*moment)]
-    return slice(degrees.start * samples, degrees.stop * samples), len(degrees)
-
-
-def _in_their_blocks(factors: Sequence[Tensor], objective: Objective, num_parts: int, samples: int) -> Tensor:
-    """sum_j F_j V / V_j (V N, V N), each in the block of its contrasts."""
-    padded = []
-    for (factor,), moment in zip(factors, objective.moments, strict=True):
-        block, degrees = _rows_of(moment, num_parts, samples)
-        before, after = block.start, num_parts * samples - block.stop
-        padded.append(F.pad(factor * (num_parts / degrees), (before, after, before, after)))
-    return torch.stack(padded).sum(0)
-
-
-def _sums_by_view(factors: Sequence[Tensor], objective: Objective) -> Tensor:
-    """sum_j F_j (V, N, N) over the moments that take a view, for both views."""
-    sums = []
-    for view in range(2):
-        chosen = [
-            f for (f,), (first, last) in zip(factors, objective.moments, strict=True) if view in range(2)[first:last]
-        ]
-        sums.append(torch.stack(chosen).sum(0))
-    return torch.stack(sums)
-
-
-def _identity_plus(matrix: Tensor, scale: float) -> Tensor:
-    """I + scale * matrix, as a group of one."""
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    return torch.add(identity, matrix, alpha=scale)[None]
+        of_views = shared.split(ctx.widths, dim=-1) if ctx.widths else gradients_of_views([shared, *others])
+        return *(None,) * 4, *of_views
 
 
 def gram_loss(

@@ -1,8 +1,8 @@
-"""Random slices of the embedding, a pure function of (seed, step): fresh each step, the same on every rank,
-device and backend without communication, and independent of the global random state.
+"""Random slices of the embedding, a pure function of (seed, step): fresh each step, the same on every rank, device and
+backend without communication, and independent of the global random state.
 
-The generator is a counter-based hash in wrapping 32-bit integer arithmetic, which every backend computes
-identically. ``_mix`` is a bijection of the 32-bit integers (Ettinger's ``lowbias32`` finaliser).
+The generator is a counter-based hash in wrapping 32-bit integer arithmetic, which every backend computes identically.
+``_mix`` is a bijection of the 32-bit integers (Ettinger's ``lowbias32`` finaliser).
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ def slice_views(
         return [z.to(dtype).expand(num_slices, -1, -1) for z in views]
     if not block_dim:
         indices = random_coordinates(dim, slice_dim, num_slices, step, seed)
-        return [take_coordinates(z, indices, dtype) for z in views]
+        # The untouched columns are read too: their sum times zero is 0, or NaN where an input is not finite, in the
+        # value and in every gradient. A loss that skipped them would hide an overflow from a GradScaler.
+        taken = [z.index_select(1, indices.flatten()).to(dtype) + z.sum(dtype=dtype) * 0 for z in views]
+        return [z.unflatten(1, indices.shape).transpose(0, 1) for z in taken]
     mixing = mixing_matrix(dim, slice_dim, num_slices, block_dim, step, seed, dtype)
     return list(_Project.apply(mixing, slice_dim, num_slices, block_dim, *views))
 
@@ -97,16 +100,11 @@ def key(step: Tensor, seed: int, stream: int) -> Tensor | int:
 
 
 def random_coordinates(dim: int, slice_dim: int, num_slices: int, step: Tensor, seed: int) -> Tensor:
-    """``num_slices`` uniformly random subsets of ``slice_dim`` of the ``dim`` features, sorted.
-
-    Returns int64 indices of shape (num_slices, slice_dim) on the device of ``step``.
-    """
+    """Uniformly random subsets (num_slices, slice_dim) of the ``dim`` features: indices, sorted."""
     features = torch.arange(dim, dtype=torch.int32, device=step.device)
-    # A bijection of distinct counters: no two features share a rank, so the subset does not depend on how a
-    # backend breaks ties.
+    # A bijection of distinct counters: no two features share a rank, so no backend has a tie to break.
     ranks = torch.stack([_mix(features + key(step, seed, stream)) for stream in range(num_slices)])
-    chosen = torch.topk(ranks, slice_dim, dim=1, sorted=False).indices
-    return chosen.sort(dim=1).values
+    return torch.topk(ranks, slice_dim, dim=1, sorted=False).indices.sort(dim=1).values
 
 
 def gaussian_matrix(rows: int, columns: int, step: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
@@ -120,36 +118,6 @@ def gaussian_matrix(rows: int, columns: int, step: Tensor, seed: int, dtype: tor
     radius = uniform[0].log_().mul_(-2.0).sqrt_()
     angle = uniform[1].mul_(2.0 * math.pi)
     return torch.cat([radius * angle.cos(), radius * angle.sin_()], dim=1)[:, :columns]
-
-
-class _TakeCoordinates(torch.autograd.Function):
-    """Columns of ``z`` in the computing dtype. The untouched columns are still read once: their sum times zero is
-    0, or NaN where an input is not finite, and is added to what is taken. A loss that skipped them would hide an
-    overflow from a GradScaler. For the same reason a NaN in any gradient is passed on to all.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(indices)
-        ctx.dim, ctx.dtype = z.shape[1], z.dtype
-        poison = z.sum(dtype=dtype) * 0
-        return z.index_select(1, indices).to(dtype) + poison
-
-    @staticmethod
-    @closed_form
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (indices,) = ctx.saved_tensors
-        # Slices may share a coordinate, hence add instead of copy; the sums of few terms fit the input's dtype.
-        poison = (grad.sum() * 0).to(ctx.dtype)
-        grad_z = poison.expand(len(grad), ctx.dim).index_add(1, indices, grad.to(ctx.dtype))
-        return grad_z, None, None
-
-
-def take_coordinates(z: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, D) and (S, k) indices to the slices (S, N, k), in ``dtype``; non-finite input anywhere makes all NaN."""
-    num_slices, slice_dim = indices.shape
-    taken: Tensor = _TakeCoordinates.apply(z, indices.flatten(), dtype)
-    return taken.unflatten(1, (num_slices, slice_dim)).transpose(0, 1)
 
 
 class _Project(torch.autograd.Function):
@@ -183,19 +151,17 @@ class _Project(torch.autograd.Function):
         rows, blocks = mixing.shape
         num_slices, n, slice_dim = grads[0].shape
         width = rows * ctx.block_dim // num_slices
-        grad_views: list[Tensor | None] = []
-        for grad, is_needed, dtype in zip(grads, ctx.needs_input_grad[4:], ctx.dtypes, strict=True):
-            if not is_needed:
-                grad_views.append(None)
+        grad_views: list[Tensor | None] = [None] * len(grads)
+        for view, (grad, dtype) in enumerate(zip(grads, ctx.dtypes, strict=True)):
+            if not ctx.needs_input_grad[4 + view]:
                 continue
             grad = F.pad(grad, (0, width - slice_dim)) if width > slice_dim else grad
             if ctx.block_dim == 1:
                 grad_z = grad.transpose(0, 1).reshape(n, rows) @ mixing
             else:
                 grad_rows = grad.transpose(0, 1).reshape(n, rows, ctx.block_dim)
-                grad_z = torch.bmm(mixing.mT.expand(n, -1, -1), grad_rows).view(n, blocks * ctx.block_dim)
-                grad_z = grad_z if grad_z.shape[1] == ctx.dim else grad_z[:, : ctx.dim]
-            grad_views.append(grad_z.to(dtype))
+                grad_z = torch.bmm(mixing.mT.expand(n, -1, -1), grad_rows).view(n, -1)[:, : ctx.dim]
+            grad_views[view] = grad_z.to(dtype)
         return None, None, None, None, *grad_views
 
 

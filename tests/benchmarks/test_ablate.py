@@ -178,7 +178,7 @@ def test_cells_are_unique_and_every_setting_makes_a_loss():
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
     for study in ablate.STUDIES.values():
         assert {setting.reference.title for setting in study if setting.options} <= {setting.title for setting in study}
-    z_a, z_b = views(64, 40, dtype=torch.float32)
+    z_a, z_b = views(64, 160, dtype=torch.float32)
     for criterion in {cell.method: cell.criterion()(False) for cell in cells}.values():
         assert criterion(z_a, z_b).isfinite()
     # An option that names the default is the default.

@@ -147,7 +147,7 @@ def test_speed_of_solo_learns_losses(tmp_path):
 def test_distributed(tmp_path, capsys):
     """A loss that takes the processes with it is a row, not the end; solo-learn's losses come from its own files."""
     solo_learn_in(tmp_path)
-    arguments = ["--worlds", "2", "--batches", "12", "--traffic-dim", "64", "--out", str(tmp_path / "rows.csv")]
+    arguments = ["--worlds", "2", "--batches", "12", "--traffic-dim", "160", "--out", str(tmp_path / "rows.csv")]
     arguments += ["--losses", "content, kronecker", "default", "barlow", "lightly vicreg"]
     distributed.main([*arguments, "--solo-learn", str(tmp_path)])
     rows = environment.read(tmp_path / "rows.csv")
@@ -156,10 +156,11 @@ def test_distributed(tmp_path, capsys):
         assert float(by_cell["content, kronecker", split, "128"]["gradient_error"]) < 1e-12
         assert float(by_cell["solo-learn barlow", split, "128"]["gradient_error"]) > 0.01
     assert by_cell["lightly vicreg", "unequal", "128"]["failure"]
-    # Two views' sums and the count, two 64 x 64 moments, their gradient, each round the ring: (W - 1) / W twice.
-    assert by_cell["default", "equal", "64"]["calls"] == "3"
-    assert int(by_cell["default", "equal", "64"]["ring_bytes"]) == 4 * (2 * 64 + 1 + 2 * 2 * 64**2)
-    assert int(by_cell["lightly barlow_twins", "equal", "64"]["ring_bytes"]) == 4 * 2 * 64**2
+    # Two views' sums, the count and the 64 bits that must agree; two 128 x 128 moments; their gradient: each goes round
+    # the ring, (W - 1) / W twice.
+    assert by_cell["default", "equal", "160"]["calls"] == "3"
+    assert int(by_cell["default", "equal", "160"]["ring_bytes"]) == 4 * (2 * 128 + 1 + 64 + 2 * 2 * 128**2)
+    assert int(by_cell["lightly barlow_twins", "equal", "160"]["ring_bytes"]) == 4 * 2 * 160**2
     shown = capsys.readouterr().out
     assert "fails: lightly vicreg" in shown
     distributed.main(arguments)  # nothing is left to do

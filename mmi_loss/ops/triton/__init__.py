@@ -1,19 +1,79 @@
-"""Triton kernels of the loss. Imported only when they are selected: the package needs triton.
+"""Triton kernels of the default loss: two views, the content objective, exact log-determinants.
 
-``sliced_loss`` is the default loss in three launches and two for the gradient; ``project``, ``moments`` and ``gram``
-are the parts that other objectives and sizes are put together from, with batched Choleskys by cuSOLVER.
+Kronecker slices and all features of at most MAX_SLICE_DIM are computed in three launches, and two for the gradient.
+More features than that are factorised by cuSOLVER, as moments or, from fewer samples, as a Gram matrix.
+
+Triton is imported only when the kernels are called: the package does without it.
 """
 
 from __future__ import annotations
 
-from mmi_loss.ops.slices import _wrap
-from mmi_loss.ops.triton.operators import gram, moments, project, sliced_loss
-from mmi_loss.ops.triton.standardise import signal_to_noise
+import importlib.util
+import os
+from collections.abc import Sequence
 
-__all__ = ["gram", "moments", "project", "seed_keys", "signal_to_noise", "sliced_loss"]
+import torch
+from torch import Tensor
+
+from mmi_loss.ops.slices import MIXTURES, _wrap
+
+MAX_SLICE_DIM = 128
+"""Rows of the largest matrix that one program holds in registers."""
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def seed_keys(seed: int) -> list[int]:
-    """What the seed adds to the random streams' keys, as signed 32-bit integers: see :mod:`mmi_loss.ops.slices`."""
-    high = (seed >> 32) * 0xC2B2AE35
-    return [_wrap(seed * 0x9E3779B9), _wrap(high), _wrap(high + 0x27D4EB2F)]
+def refusal(
+    views: Sequence[Tensor], objective: str, logdet: str, slice_dim: int | None, slice_kind: str, gather: bool
+) -> str | None:
+    """Why the kernels cannot compute this loss, or None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton)"
+    device, dim = views[0].device, views[0].shape[1]
+    # The interpreter runs the same kernels on the CPU, far too slowly for anything but tests.
+    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"the inputs are on {device.type}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has compute capability below 8.0"
+    if len(views) != 2:
+        return f"there are {len(views)} views"
+    if views[1].shape[1] != dim:
+        return f"the views have {dim} and {views[1].shape[1]} features"
+    unsupported = [z.dtype for z in views if z.dtype not in _DTYPES]
+    if unsupported:
+        return f"an input is {unsupported[0]}"
+    if objective != "content":
+        return f"objective={objective!r} is not 'content'"
+    if logdet != "cholesky":
+        return f"logdet={logdet!r} is not 'cholesky'"
+    if gather:
+        return "gather_distributed=True reduces statistics between ranks"
+    if slice_dim is not None and slice_dim < dim:
+        if slice_kind != "kronecker":
+            return f"slice_kind={slice_kind!r} is not 'kronecker'"
+        if not 2 * MIXTURES <= slice_dim <= MAX_SLICE_DIM:
+            # Of fewer features the blocks are single ones, and the slice is a Gaussian one.
+            return f"slice_dim={slice_dim} is not between {2 * MIXTURES} and {MAX_SLICE_DIM}"
+    return None
+
+
+def content_loss(
+    z_a: Tensor, z_b: Tensor, step: Tensor, seed: int,
+    slice_dim: int | None, num_slices: int, block_dim: int, ridge: float, weights: Sequence[float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss () of two views (N, D), in nats, and the constant log dets (2, S) it is made of, float32.
+
+    ``step``, int64 () on the device of the views, and ``seed`` determine the slices, which leave ``block_dim``
+    neighbouring features together; ``slice_dim=None`` takes all features, whatever the others say. ``weights`` are
+    those of the log dets, of total and within moments, in twice the loss.
+    """
+    from mmi_loss.ops.triton import operators
+
+    if slice_dim is None:
+        slice_dim, num_slices, block_dim = z_a.shape[1], 1, 0
+    # What the seed adds to the random stream's key: see mmi_loss.ops.slices.
+    seed_keys = [_wrap(seed * 0x9E3779B9), _wrap((seed >> 32) * 0xC2B2AE35)]
+    coefficients = [weight / (2 * num_slices) for weight in weights]
+    loss, log_dets, *_ = operators.content_loss(
+        z_a, z_b, step, seed_keys, slice_dim, num_slices, block_dim, ridge, coefficients
+    )
+    return loss, log_dets.detach()

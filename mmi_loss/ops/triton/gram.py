@@ -1,253 +1,131 @@
-"""Gram matrices of standardised features for fewer samples than features: half the tiles, rows made on the fly.
+"""Gram matrix of standardised features for fewer samples than features: rows made on the fly, never stored.
 
-U stacks the contrasts (a + b - 2 mean) / (std sqrt 2) and (a - b) / (std sqrt 2) of two views, or is the one
-standardised view; K = U U^T. The standardised rows are never stored. The gradient, derived in :mod:`mmi_loss.ops.gram`:
+U stacks the sums a + b - 2 mean and the differences a - b of two views (N, D) over the standard deviations; K = U U^T.
+With G = dL/dK + (dL/dK)^T the gradient is
 
-    dU = (G + G^T) U,   t = sum_n dU U / (V N),   dU0 = (dU - U t) / std,   centred for the first contrast.
+    dU = G U,   t = sum_n dU U / 4N,   da, db = (dU - U t) / std, that of the sum plus and minus that of the difference,
+
+where t is the way through the variances, sum_n U^2 / 4N before standardisation. The mean enters as a constant: the rows
+of U sum to zero, and so do those of dU.
 """
 
 # ruff: noqa: N803  (constexpr arguments are written in capitals, Triton's habit)
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
+
+from mmi_loss.ops.triton.factor import _dot, _inverse_std
+from mmi_loss.ops.triton.moments import _centred, _first_row, _load, _store
 
 
 @triton.jit
 def _statistics_kernel(
-    a_ptr,
-    b_ptr,
-    mean_ptr,
-    inverse_std_ptr,
-    n,
-    dim,
-    stride_an,
-    stride_ad,
-    stride_bn,
-    stride_bd,
-    TWO: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Mean and inverse standard deviation of BLOCK_D features over one view or two, in two passes."""
+    a_ptr, b_ptr, statistics_ptr, smallest, n, dim, stride_an, stride_ad, stride_bn, stride_bd,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """First sample, mean relative to it and 1 / std, (3, dim), of BLOCK_D features over both views, in two passes."""
+    a, b = (a_ptr, stride_an, stride_ad), (b_ptr, stride_bn, stride_bd)
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    is_column = column < dim
-    count = (2.0 if TWO else 1.0) * n
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(0, n, BLOCK_N):
-        sample = (start + tl.arange(0, BLOCK_N)[:, None]).to(tl.int64)
-        is_inside = (sample < n) & is_column[None, :]
-        x = tl.load(a_ptr + sample * stride_an + column[None, :] * stride_ad, mask=is_inside, other=0.0).to(tl.float32)
-        if TWO:
-            x += tl.load(b_ptr + sample * stride_bn + column[None, :] * stride_bd, mask=is_inside, other=0.0).to(
-                tl.float32
-            )
-        total += tl.sum(x, 0)
-    mean = total / count
-    squares = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(0, n, BLOCK_N):
-        sample = (start + tl.arange(0, BLOCK_N)[:, None]).to(tl.int64)
-        is_inside = (sample < n) & is_column[None, :]
-        x = tl.load(a_ptr + sample * stride_an + column[None, :] * stride_ad, mask=is_inside, other=0.0).to(tl.float32)
-        x = tl.where(is_inside, x - mean[None, :], 0.0)
-        squares += tl.sum(x * x, 0)
-        if TWO:
-            x = tl.load(b_ptr + sample * stride_bn + column[None, :] * stride_bd, mask=is_inside, other=0.0).to(
-                tl.float32
-            )
-            x = tl.where(is_inside, x - mean[None, :], 0.0)
-            squares += tl.sum(x * x, 0)
-    variance, floor = squares / count, 1.9073486328125e-06 * mean
-    floor = floor * floor + 3.5699769e-29
-    variance = tl.where(variance <= floor, float("inf"), variance + floor)
-    tl.store(mean_ptr + column, mean, mask=is_column)
-    tl.store(inverse_std_ptr + column, tl.rsqrt(variance), mask=is_column)
+    shift = _first_row(a, column, dim)
+    mean = tl.zeros((BLOCK_D,), tl.float32)
+    for is_second in tl.static_range(2):
+        total = tl.zeros((BLOCK_D,), tl.float32)
+        for start in range(0, n, BLOCK_N):
+            sample = start + tl.arange(0, BLOCK_N)[:, None]
+            is_inside = (sample < n) & (column < dim)[None, :]
+            x_a = _centred(_load(a, sample, column[None, :], is_inside), shift, mean, is_inside)
+            x_b = _centred(_load(b, sample, column[None, :], is_inside), shift, mean, is_inside)
+            total += tl.sum(x_a * x_a + x_b * x_b if is_second else x_a + x_b, 0)
+        total = total / (2.0 * n)
+        mean = mean if is_second else total
+    tl.store(statistics_ptr + column, shift, mask=column < dim)
+    tl.store(statistics_ptr + dim + column, mean, mask=column < dim)
+    tl.store(statistics_ptr + 2 * dim + column, _inverse_std(total, 0.0, 0.0, smallest), mask=column < dim)
 
 
 @triton.jit
-def _rows(
-    a_ptr,
-    b_ptr,
-    contrast,
-    sample,
-    column,
-    is_inside,
-    mean,
-    inverse_std,
-    stride_an,
-    stride_ad,
-    stride_bn,
-    stride_bd,
-    TWO: tl.constexpr,
-):
-    """Standardised rows of one contrast, zero outside."""
-    x = tl.load(a_ptr + sample * stride_an + column * stride_ad, mask=is_inside, other=0.0).to(tl.float32)
-    if TWO:
-        b = tl.load(b_ptr + sample * stride_bn + column * stride_bd, mask=is_inside, other=0.0).to(tl.float32)
-        is_sum = contrast == 0
-        # Centred before they are added: where the mean is large, their sum would be rounded to its precision.
-        x = tl.where(is_sum, (x - mean) + (b - mean), x - b) * 0.7071067811865476
-    else:
-        x = x - mean
-    return tl.where(is_inside, x * inverse_std, 0.0)
+def _rows(a, b, statistics_ptr, sample, column, n, dim):
+    """Rows of U for some samples: sums, differences, and 1 / std; zero outside."""
+    is_inside = (sample < n)[:, None] & (column < dim)[None, :]
+    shift = tl.load(statistics_ptr + column, mask=column < dim, other=0.0)
+    mean = tl.load(statistics_ptr + dim + column, mask=column < dim, other=0.0)
+    inverse_std = tl.load(statistics_ptr + 2 * dim + column, mask=column < dim, other=0.0)[None, :]
+    x_a = _load(a, sample[:, None], column[None, :], is_inside)
+    x_b = _load(b, sample[:, None], column[None, :], is_inside)
+    # Centred before they are added: where the mean is large, their sum would be rounded to its precision.
+    sums = _centred(x_a, shift, mean, is_inside) + _centred(x_b, shift, mean, is_inside)
+    return sums * inverse_std, (x_a - x_b) * inverse_std, inverse_std
 
 
 @triton.jit
 def _gram_kernel(
-    a_ptr,
-    b_ptr,
-    mean_ptr,
-    inverse_std_ptr,
-    gram_ptr,
-    n,
-    dim,
-    tiles,
-    stride_an,
-    stride_ad,
-    stride_bn,
-    stride_bd,
-    TWO: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A pair of row tiles, i >= j, of K (V n, V n), both triangles; a tile lies in one contrast."""
-    pair = tl.program_id(0)
-    i = ((tl.sqrt(8.0 * pair + 1.0) - 1.0) / 2.0).to(tl.int32)
-    i += ((i + 1) * (i + 2) // 2 <= pair).to(tl.int32) - (i * (i + 1) // 2 > pair).to(tl.int32)
-    j = pair - i * (i + 1) // 2
-    sample_i = (i % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    sample_j = (j % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    product = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+    a_ptr, b_ptr, statistics_ptr, gram_ptr, n, dim, stride_an, stride_ad, stride_bn, stride_bd,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The products of two tiles of samples, i >= j, in the lower triangle of K (2 n, 2 n): Cholesky reads no other."""
+    tiles = tl.cdiv(n, BLOCK_N)
+    i, j = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    if i < j:
+        return
+    a, b = (a_ptr, stride_an, stride_ad), (b_ptr, stride_bn, stride_bd)
+    sample_i, sample_j = i * BLOCK_N + tl.arange(0, BLOCK_N), j * BLOCK_N + tl.arange(0, BLOCK_N)
+    zeros = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+    of_sums, of_differences, mixed_ij, mixed_ji = zeros, zeros, zeros, zeros
     for start in range(0, dim, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
-        mean = tl.load(mean_ptr + column, mask=column < dim, other=0.0)[None, :]
-        inverse_std = tl.load(inverse_std_ptr + column, mask=column < dim, other=0.0)[None, :]
-        in_i, in_j = (
-            (sample_i < n)[:, None] & (column < dim)[None, :],
-            (sample_j < n)[:, None] & (column < dim)[None, :],
-        )
-        rows_i = _rows(
-            a_ptr, b_ptr, i // tiles, sample_i[:, None].to(tl.int64), column[None, :], in_i, mean, inverse_std,
-            stride_an, stride_ad, stride_bn, stride_bd, TWO,
-        )  # fmt: skip
-        rows_j = _rows(
-            a_ptr, b_ptr, j // tiles, sample_j[:, None].to(tl.int64), column[None, :], in_j, mean, inverse_std,
-            stride_an, stride_ad, stride_bn, stride_bd, TWO,
-        )  # fmt: skip
-        product = tl.dot(rows_i, tl.trans(rows_j), product, input_precision=PRECISION)
-    size = 2 * n if TWO else n
-    row_i, row_j = ((i // tiles) * n + sample_i).to(tl.int64), ((j // tiles) * n + sample_j).to(tl.int64)
-    is_inside = (sample_i < n)[:, None] & (sample_j < n)[None, :]
-    tl.store(gram_ptr + row_i[:, None] * size + row_j[None, :], product, mask=is_inside)
-    if i != j:
-        is_inside = (sample_j < n)[:, None] & (sample_i < n)[None, :]
-        tl.store(gram_ptr + row_j[:, None] * size + row_i[None, :], tl.trans(product), mask=is_inside)
-
-
-@triton.jit
-def _gram_rows_gradient(
-    a_ptr, b_ptr, grad_ptr, contrast, sample, column, mean, inverse_std, n, dim,
-    stride_an, stride_ad, stride_bn, stride_bd,
-    TWO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Rows of dU = G U (G symmetric) for BLOCK_N samples of one contrast and BLOCK_D columns."""
-    size = 2 * n if TWO else n
-    gradient = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    row = (contrast * n + sample)[:, None].to(tl.int64)
-    for other in tl.static_range(2 if TWO else 1):
-        for start in range(0, n, BLOCK_N):
-            inner = start + tl.arange(0, BLOCK_N)
-            is_inside = (inner < n)[:, None] & (column < dim)[None, :]
-            rows = _rows(
-                a_ptr, b_ptr, other, inner[:, None].to(tl.int64), column[None, :], is_inside, mean, inverse_std,
-                stride_an, stride_ad, stride_bn, stride_bd, TWO,
-            )  # fmt: skip
-            is_entry = (sample < n)[:, None] & (inner < n)[None, :]
-            entry = tl.load(grad_ptr + row * size + other * n + inner[None, :], mask=is_entry, other=0.0)
-            gradient = tl.dot(entry, rows, gradient, input_precision=PRECISION)
-    return gradient
+        sum_i, difference_i, _ = _rows(a, b, statistics_ptr, sample_i, column, n, dim)
+        sum_j, difference_j, _ = _rows(a, b, statistics_ptr, sample_j, column, n, dim)
+        of_sums = _dot(sum_i, tl.trans(sum_j), of_sums)
+        of_differences = _dot(difference_i, tl.trans(difference_j), of_differences)
+        mixed_ij = _dot(difference_i, tl.trans(sum_j), mixed_ij)
+        mixed_ji = _dot(difference_j, tl.trans(sum_i), mixed_ji)
+    gram = (gram_ptr, 2 * n, 1)
+    row, column = sample_i[:, None], sample_j[None, :]
+    is_inside = (row < n) & (column < n)
+    _store(gram, row, column, is_inside, of_sums)
+    _store(gram, n + row, column, is_inside, mixed_ij)
+    _store(gram, n + row, n + column, is_inside, of_differences)
+    row, column = sample_j[:, None], sample_i[None, :]
+    _store(gram, n + row, column, (row < n) & (column < n) & (i != j), mixed_ji)
 
 
 @triton.jit
 def _gram_backward_kernel(
-    a_ptr,
-    b_ptr,
-    mean_ptr,
-    inverse_std_ptr,
-    grad_ptr,
-    da_ptr,
-    db_ptr,
-    n,
-    dim,
-    stride_an,
-    stride_ad,
-    stride_bn,
-    stride_bd,
-    TWO: tl.constexpr,
-    NEED_A: tl.constexpr,
-    NEED_B: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Gradient of BLOCK_D columns of the views, contiguous (n, dim), from the symmetric G = dK + dK^T.
+    a_ptr, b_ptr, statistics_ptr, grad_ptr, upstream_ptr, da_ptr, db_ptr,
+    n, dim, stride_an, stride_ad, stride_bn, stride_bd,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Gradient of BLOCK_D columns of the views, contiguous (n, dim), from the symmetric G (2 n, 2 n).
 
-    Two passes over the samples: the columns' sums, then the gradient itself; dU is recomputed, not stored.
+    Two passes over the samples: first t, then the gradient itself; dU is computed twice, not stored.
     """
+    a, b = (a_ptr, stride_an, stride_ad), (b_ptr, stride_bn, stride_bd)
+    grad = (grad_ptr, 2 * n, 1)
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    is_column = column < dim
-    mean = tl.load(mean_ptr + column, mask=is_column, other=0.0)[None, :]
-    inverse_std = tl.load(inverse_std_ptr + column, mask=is_column, other=0.0)[None, :]
-    aligned = tl.zeros((BLOCK_D,), tl.float32)
-    first_sum = tl.zeros((BLOCK_D,), tl.float32)
-    row_sum = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(0, n, BLOCK_N):
-        sample = start + tl.arange(0, BLOCK_N)
-        is_inside = (sample < n)[:, None] & is_column[None, :]
-        for contrast in tl.static_range(2 if TWO else 1):
-            gradient = _gram_rows_gradient(
-                a_ptr, b_ptr, grad_ptr, contrast, sample, column, mean, inverse_std, n, dim,
-                stride_an, stride_ad, stride_bn, stride_bd, TWO, BLOCK_N, BLOCK_D, PRECISION,
-            )  # fmt: skip
-            rows = _rows(
-                a_ptr, b_ptr, contrast, sample[:, None].to(tl.int64), column[None, :], is_inside, mean, inverse_std,
-                stride_an, stride_ad, stride_bn, stride_bd, TWO,
-            )  # fmt: skip
-            aligned += tl.sum(gradient * rows, 0)
-            if contrast == 0:
-                first_sum += tl.sum(gradient, 0)
-                row_sum += tl.sum(rows, 0)
-    aligned = aligned / (2.0 * n if TWO else n)
-    # The mean of the first contrast's dU - U t, which the mean's own gradient takes away.
-    centre = (first_sum - aligned * row_sum) / n
-    for start in range(0, n, BLOCK_N):
-        sample = start + tl.arange(0, BLOCK_N)
-        is_inside = (sample < n)[:, None] & is_column[None, :]
-        first = _gram_rows_gradient(
-            a_ptr, b_ptr, grad_ptr, 0, sample, column, mean, inverse_std, n, dim,
-            stride_an, stride_ad, stride_bn, stride_bd, TWO, BLOCK_N, BLOCK_D, PRECISION,
-        )  # fmt: skip
-        rows = _rows(
-            a_ptr, b_ptr, 0, sample[:, None].to(tl.int64), column[None, :], is_inside, mean, inverse_std,
-            stride_an, stride_ad, stride_bn, stride_bd, TWO,
-        )  # fmt: skip
-        first = (first - rows * aligned[None, :] - centre[None, :]) * inverse_std
-        offset = sample[:, None].to(tl.int64) * dim + column[None, :]
-        if TWO:
-            second = _gram_rows_gradient(
-                a_ptr, b_ptr, grad_ptr, 1, sample, column, mean, inverse_std, n, dim,
-                stride_an, stride_ad, stride_bn, stride_bd, TWO, BLOCK_N, BLOCK_D, PRECISION,
-            )  # fmt: skip
-            rows = _rows(
-                a_ptr, b_ptr, 1, sample[:, None].to(tl.int64), column[None, :], is_inside, mean, inverse_std,
-                stride_an, stride_ad, stride_bn, stride_bd, TWO,
-            )  # fmt: skip
-            second = (second - rows * aligned[None, :]) * inverse_std
-            if NEED_B:
-                db = (first - second) * 0.7071067811865476
-                tl.store(db_ptr + offset, db.to(db_ptr.dtype.element_ty), mask=is_inside)
-            first = (first + second) * 0.7071067811865476
-        if NEED_A:
-            tl.store(da_ptr + offset, first.to(da_ptr.dtype.element_ty), mask=is_inside)
+    upstream = tl.load(upstream_ptr)
+    t = tl.zeros((BLOCK_D,), tl.float32)
+    for is_second in tl.static_range(2):
+        for start in range(0, n, BLOCK_N):
+            sample = start + tl.arange(0, BLOCK_N)
+            row = sample[:, None]
+            zeros = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+            d_sums, d_differences = zeros, zeros
+            for inner_start in range(0, n, BLOCK_N):
+                inner = inner_start + tl.arange(0, BLOCK_N)
+                sums, differences, _ = _rows(a, b, statistics_ptr, inner, column, n, dim)
+                other, is_entry = inner[None, :], (row < n) & (inner < n)[None, :]
+                d_sums = _dot(_load(grad, row, other, is_entry), sums, d_sums)
+                d_sums = _dot(_load(grad, row, n + other, is_entry), differences, d_sums)
+                d_differences = _dot(_load(grad, n + row, other, is_entry), sums, d_differences)
+                d_differences = _dot(_load(grad, n + row, n + other, is_entry), differences, d_differences)
+            sums, differences, inverse_std = _rows(a, b, statistics_ptr, sample, column, n, dim)
+            if is_second:
+                of_sums = (d_sums - sums * t[None, :]) * inverse_std * upstream
+                of_differences = (d_differences - differences * t[None, :]) * inverse_std * upstream
+                is_inside = (row < n) & (column < dim)[None, :]
+                if da_ptr is not None:
+                    _store((da_ptr, dim, 1), row, column[None, :], is_inside, of_sums + of_differences)
+                if db_ptr is not None:
+                    _store((db_ptr, dim, 1), row, column[None, :], is_inside, of_sums - of_differences)
+            else:
+                t += tl.sum(d_sums * sums + d_differences * differences, 0) / (4.0 * n)

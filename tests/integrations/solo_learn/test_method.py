@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from mmi_loss.options import DEFAULTS
 
 
 @pytest.fixture(scope="module")
@@ -67,22 +68,60 @@ def test_training_reduces_the_loss_and_counts_steps(method):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    assert model.state_dict()["mmi_loss.step"] == 20
+    assert model.mmi_loss.step == 20
+    # A checkpoint of another method has no place for the counter among its tensors.
+    assert not any(name.startswith("mmi_loss") for name in model.state_dict())
+    resumed = method(config())
+    resumed.load_state_dict(model.state_dict())
+    assert resumed.mmi_loss.step == 20
 
 
 def test_options_arrive_under_their_own_names(method):
-    cfg = config(slice_dim=None, num_slices=2, snr=32, objective="exchangeable")
+    cfg = config(slice_dim=64, num_slices=2, snr=32, objective="exchangeable")
     model = method(cfg)
     options = model.mmi_loss.options
-    assert (options.slice_dim, options.num_slices, options.snr, options.objective) == (None, 2, 32, "exchangeable")
+    assert (options.slice_dim, options.num_slices, options.snr, options.objective) == (64, 2, 32, "exchangeable")
     assert options.gather_distributed  # statistics of the global batch, as solo-learn's own losses
     assert not method(config(gather_distributed=False)).mmi_loss.options.gather_distributed
-    # Every option ends in the configuration, hence in a checkpoint's args.json.
-    assert {"seed", "ridge", "logdet", "slice_kind"} <= set(cfg.method_kwargs)
+    # Every option ends in the configuration, hence in a checkpoint's args.json; what is no plain value does not.
+    assert set(DEFAULTS) - set(cfg.method_kwargs) == {"process_group"}
 
 
-def test_none_as_solo_learn_writes_it(method):
-    assert method(config(slice_dim="None")).mmi_loss.options.slice_dim is None
+OTHER = {
+    "objective": "exchangeable",
+    "slice_dim": 32,
+    "num_slices": 2,
+    "seed": 3,
+    "snr": 16,
+    "ridge": 0.25,
+    "logdet": "taylor",
+    "order": 3,
+    "beta": 1.5,
+    "gather_distributed": False,
+    "impl": "reference",
+    "slice_kind": "gaussian",
+}
+
+
+def test_other_values_are_of_all_options():
+    assert set(DEFAULTS) - set(OTHER) == {"process_group"}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_every_option_can_be_set(method, name):
+    """By its name alone, and again from the resolved options, which a checkpoint's args.json holds."""
+    cfg = config(**{name: OTHER[name]})
+    options = method(cfg).mmi_loss.options.given()
+    snr = None if name == "ridge" else 64.0
+    assert options == {**DEFAULTS, "gather_distributed": True, "snr": snr, name: OTHER[name]}
+    resolved = dict(cfg.method_kwargs)
+    assert dict(method.add_and_assert_specific_cfg(cfg).method_kwargs) == resolved
+
+
+@pytest.mark.parametrize("none", [None, "None"])
+def test_none_as_solo_learn_writes_it(method, none):
+    options = method(config(slice_dim=none, snr=none, ridge=none)).mmi_loss.options
+    assert (options.slice_dim, options.snr, options.ridge) == (None, 64.0, None)
 
 
 def test_keys_of_another_method_are_ignored_with_a_warning(method):
@@ -96,6 +135,8 @@ def test_keys_of_another_method_are_ignored_with_a_warning(method):
         ({"slicedim": 64}, "does not know method_kwargs slicedim; it takes .*slice_dim"),
         ({"proj_hidden_dim": "absent"}, "method_kwargs.proj_hidden_dim is missing"),
         ({"objective": "contents"}, "objective='contents'"),
+        ({"process_group": None}, "does not know method_kwargs process_group"),
+        ({"snr": 16, "ridge": 0.1}, "give only one of them"),
     ],
 )
 def test_mistakes_are_named(method, kwargs, message):

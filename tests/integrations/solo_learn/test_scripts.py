@@ -65,7 +65,7 @@ def checkpoint(folder):
 
 
 def steps(folder):
-    return torch.load(checkpoint(folder), weights_only=False)["state_dict"]["mmi_loss.step"]
+    return torch.load(checkpoint(folder), weights_only=False)["state_dict"]._metadata["mmi_loss"]["step"]
 
 
 def losses(out):

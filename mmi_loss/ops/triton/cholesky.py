@@ -1,0 +1,54 @@
+"""What :mod:`mmi_loss.ops.triton.factor` does, for matrices that no program can hold: by cuSOLVER, or LAPACK."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmi_loss.ops import standardise
+
+Numbers = Sequence[float]
+
+
+def factorise_moments(moments: Tensor, ridge: float, coefficients: Numbers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (), log dets (2, 1), gradient matrices (2, 1, D, D) and diagonals (2, 1, D) of moments (2, 1, D, D)."""
+    inverse_std = standardise.inverse_std(moments[0, 0].diagonal())
+    row, column = inverse_std[:, None], inverse_std / ridge
+    matrices = moments[:, 0] * row * column
+    loss, log_dets, inverses = _factorise(list(matrices), coefficients)
+    # c (1 - (A^-1)_ii) s_i^2; the inverses have been multiplied by c.
+    diagonal = torch.stack([c - x.diagonal() for c, x in zip(coefficients, inverses, strict=True)]) * inverse_std**2
+    grad = torch.stack(inverses).mul_(row * column)
+    return loss, log_dets, grad[:, None], diagonal[:, None]
+
+
+def factorise_gram(gram: Tensor, ridge: float, coefficients: Numbers) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (), log dets (2, 1) and G + G^T, with G the gradient of the Gram matrix K (2 N, 2 N).
+
+    T = U^T U / 4N has the spectrum of K / 4N, W = (a - b)^T (a - b) / 2N that of the differences' block / 2N.
+    """
+    n = len(gram) // 2
+    matrices = [gram / (4 * n * ridge), gram[n:, n:] / (2 * n * ridge)]
+    loss, log_dets, (grad, grad_within) = _factorise(matrices, coefficients)
+    grad.div_(2 * n * ridge)[n:, n:].add_(grad_within, alpha=1 / (n * ridge))
+    return loss, log_dets, grad.mT.contiguous()  # symmetric: LAPACK's columns are rows
+
+
+def _factorise(matrices: Sequence[Tensor], coefficients: Numbers) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Of A = I + matrix: the sum of coefficients times log dets, the log dets (2, 1), coefficients times inverses.
+
+    Only lower triangles are read. Where a factorisation fails all is NaN: asking on the host would wait, and LAPACK
+    and cuSOLVER leave finite numbers.
+    """
+    log_dets, inverses = [], []
+    for matrix, coefficient in zip(matrices, coefficients, strict=True):
+        matrix.diagonal().add_(1)
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        factor.diagonal().masked_fill_(info != 0, math.nan)
+        log_dets.append(2 * factor.diagonal().log().sum())
+        inverses.append(torch.cholesky_inverse(factor).mul_(coefficient))
+    total, within = (c * log_det for c, log_det in zip(coefficients, log_dets, strict=True))
+    return total + within, torch.stack(log_dets)[:, None], inverses
