@@ -12,7 +12,8 @@ def generalised_gaussian_constant(dim_a: int, dim_b: int, shape: float) -> float
     ``p(x) ~ exp(-(x^T M^-1 x)^s / 2)``, whose entropy is half the log det of its covariance plus a term of shape
     and dimension only. Marginals of such a joint law are not themselves of this family unless s = 1: the constant
     takes the theorem's premise as given, and is negative for s != 1. What a joint law adds with its own marginals is
-    a positive number, as independent of the covariance (``tests/test_theorems.py`` has both).    """
+    a positive number, as independent of the covariance (``tests/test_theorems.py`` has both).
+    """
     separate = generalised_gaussian_entropy(dim_a, shape) + generalised_gaussian_entropy(dim_b, shape)
     return separate - generalised_gaussian_entropy(dim_a + dim_b, shape)
 
@@ -21,7 +22,8 @@ def generalised_gaussian_entropy(dim: int, shape: float) -> float:
     """Differential entropy, in nats, of the ``dim``-variate generalised Gaussian with identity covariance.
 
     The radius is ``R = G^{1/(2s)}`` with G/2 ~ Gamma(d/(2s)), which gives the normaliser, E[G]/2 and E[R^2] below
-    (Gomez, Gomez-Villegas and Marin 1998). No features have entropy 0. ValueError: ``shape`` is not positive.    """
+    (Gomez, Gomez-Villegas and Marin 1998). No features have entropy 0. ValueError: ``shape`` is not positive.
+    """
     if not 0 < shape < math.inf:
         raise ValueError(f"shape must be positive and finite, got {shape}; 1 is the Gaussian, 0.5 the Laplace law")
     if dim == 0:

@@ -4,8 +4,6 @@
 frameworks import this package merely to look for files in it.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "MMILoss":
-        return importlib.import_module("mmi_loss.loss").MMILoss
-    if name in ("diagnostics", "functional"):
-        return importlib.import_module(f"mmi_loss.{name}")
-    raise AttributeError(f"module 'mmi_loss' has no attribute {name!r}")
+    module = {"MMILoss": "loss", "diagnostics": "diagnostics", "functional": "functional"}.get(name)
+    if module is None:
+        raise AttributeError(f"module 'mmi_loss' has no attribute {name!r}")
+    found = importlib.import_module(f"mmi_loss.{module}")
+    return found.MMILoss if name == "MMILoss" else found

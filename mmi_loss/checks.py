@@ -1,5 +1,5 @@
-"""What can be wrong with a call: errors that name argument, value and remedy, and warnings. The hot path asks whether all
-is well (:mod:`mmi_loss.functional`); here is found out what is not.
+"""What can be wrong with a call: errors that name argument, value and remedy, and warnings. The hot path asks whether
+all is well (:mod:`mmi_loss.functional`); here is found out what is not.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def views_of_call(z_a: Any, z_b: Any, local_proj: Any, global_proj: Any) -> list[Any]:
-    """The views of a call of the module that is not simply one of two tensors; multi-crop's global ones first.
-
-    Raises:
-        TypeError: No form of the call fits; the message lists them.
+    """The views of a call of the module that is not simply one of two tensors; multi-crop's global ones first. A
+    TypeError lists the forms if none fits.
     """
     is_multicrop = local_proj is not None or global_proj is not None
     if is_multicrop and z_a is None and z_b is None:
@@ -37,8 +35,8 @@ def views_of_call(z_a: Any, z_b: Any, local_proj: Any, global_proj: Any) -> list
     got = {"z_a": z_a, "z_b": z_b, "local_proj": local_proj, "global_proj": global_proj}
     shapes = {name: tuple(getattr(value, "shape", ())) for name, value in got.items() if value is not None}
     raise TypeError(
-        "MMILoss takes two views (z_a, z_b), each (N, D); a list of views; a stacked (V, N, D) tensor; or local_proj= and "
-        f"global_proj=, (V, N, D) each. Got {', '.join(f'{n} {shape}' for n, shape in shapes.items()) or 'nothing'}"
+        "MMILoss takes two views (z_a, z_b), each (N, D); a list of views; a stacked (V, N, D) tensor; or local_proj= "
+        f"and global_proj=, (V, N, D) each. Got {', '.join(f'{n} {shape}' for n, shape in shapes.items()) or 'nothing'}"
     )
 
 
@@ -105,9 +103,5 @@ def warn_if_starved(objective: str, samples: int, dim: int) -> None:
 
 def warn_without_slices(num_slices: int, slice_dim: int, dim: int) -> None:
     """Warns that there is nothing to average over."""
-    warnings.warn(
-        f"num_slices={num_slices} has no effect: a slice of slice_dim={slice_dim} holds all {dim} features. Leave it out, "
-        f"or take a slice_dim below {dim}.",
-        UserWarning,
-        stacklevel=2,
-    )
+    what = f"num_slices={num_slices} has no effect: a slice of slice_dim={slice_dim} holds all {dim} features"
+    warnings.warn(f"{what}. Leave it out, or take a slice_dim below {dim}.", UserWarning, stacklevel=2)

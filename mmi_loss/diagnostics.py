@@ -1,7 +1,6 @@
-"""What a representation holds, measured rather than trained: off the hot path, in float64, without gradient.
-
-Features count by their numerical rank: one that is constant, or a linear map of others, counts nothing. Every function
-of samples takes finite floating point tensors (N, D), and raises a TypeError or ValueError for others.
+"""What a representation holds, measured rather than trained: off the hot path, in float64, without gradient. Features
+count by their numerical rank: one that is constant, or a linear map of others, counts nothing. Samples are finite
+floating point tensors (N, D); others are a TypeError or ValueError.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ def mutual_information(z_a: Tensor, z_b: Tensor, bias_correction: bool = True) -
 
     .. math:: I = \tfrac12 [\log\det C_{aa} + \log\det C_{bb} - \log\det C_{joint}] = -\tfrac12 \sum_i \log(1-\rho_i^2)
 
-    (Chang et al. 2024, Theorem 1; exact for jointly Gaussian views and for invertible maps of such.) A float64 scalar: 0
-    if a view is constant; infinity if a direction of one is, up to rounding, one of the other.
+    (Chang et al. 2024, Theorem 1; exact for jointly Gaussian views and for invertible maps of such.) A float64 scalar:
+    0 if a view is constant; infinity if a direction of one is, up to rounding, one of the other.
 
     ``bias_correction`` subtracts the expectation of the estimate's error, exactly known for Gaussian samples of these
     ranks (:func:`spurious_information`); the corrected estimate may be negative. A ValueError says that N - 1 is below
@@ -72,9 +71,8 @@ def spurious_information(n: int, dim_a: int, dim_b: int) -> float:
     """Expected excess, in nats, of the plug-in Gaussian mutual information of n samples over the true value.
 
     ``dim_a`` and ``dim_b`` count linearly independent features. The log det of a sample covariance is that of a Wishart
-    matrix: with n - 1 degrees of freedom, E log det S = log det Sigma + sum_{i<d} digamma((n - 1 - i) / 2) + d log(2/n)
-    for the population-normalised covariance S of d features; the last terms cancel between blocks and joint.
-    It does not depend on the true covariance. A ValueError says that n samples are too few to estimate it.
+    matrix: E log det S = log det Sigma + sum_{i<d} digamma((n - 1 - i) / 2) + d log(2/n) for the population-normalised
+    covariance S of d features; the last terms cancel. A ValueError says that n samples are too few to estimate it.
 
     Example:
         >>> f"{spurious_information(256, 64, 64):.1f}, {spurious_information(4096, 64, 64):.1f}"

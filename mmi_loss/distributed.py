@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmi_loss.ops.autograd import closed_form
@@ -34,47 +35,82 @@ def sum_constant(x: Tensor, group: ProcessGroup | None) -> Tensor:
     return x
 
 
-def share(views: Sequence[Tensor], fingerprints: Sequence[int | Tensor], group: ProcessGroup | None) -> Shared:
-    """From the views (..., N, k) of this rank, without gradient, in one reduction.
+HEAD = 2**14
+"""Bytes of the first reduction, whatever is computed: where ranks compute different losses, reductions of different
+sizes would hang, end the process or mix what does not belong together.
+"""
+HOSTS = ("cpu",)
+"""Devices on which nothing waits for results."""
+_agreed: set[tuple[str, int, int]] = set()
+"""The group, options and call of what was waited for once, on other devices."""
 
-    ``fingerprints`` are 32-bit integers that must be the same on all ranks, or the ranks compute different losses. With
-    the sums travel their bits: where each is set on no rank or on all, all ranks hold the same.
 
-    The count is NaN where it is less than 2, or the ranks disagree: an error would need the host to wait for it; a NaN
-    passes it on. On the CPU, where nothing waits, disagreement is a RuntimeError on every rank.
+def share(
+    views: Sequence[Tensor], widths: Sequence[int], options: int, step: Tensor, group: ProcessGroup | None, waits: bool
+) -> tuple[Shared, list[int]]:
+    """What ranks share of their views (..., N, k), without gradient; and, if it ``waits``, the samples of every rank.
+
+    It is one reduction, and another if the sums do not fit into :data:`HEAD`. With them travel the bits of what must be
+    the same on all ranks, or they compute different losses: the fingerprint of the options, that of the call (how many
+    views, their ``widths`` before they were sliced, whether there is a gradient: ranks that evaluate cannot meet ranks
+    that train), and the step. Where each bit is set on no rank or on all, all ranks hold the same.
+
+    Disagreement is a RuntimeError on every rank where nothing waits for it, on the CPU; where the caller waits; and for
+    the first of equal calls, as the size of the next reductions depends on the options. Elsewhere it is a count of NaN,
+    and so a NaN loss; as are fewer than 2 samples, a ValueError if it waits.
     """
-    sums = [z.detach().sum(-2, keepdim=True) for z in views]
-    shifts = torch.arange(32, device=views[0].device)
-    bits = torch.cat([(fingerprint >> shifts) & 1 for fingerprint in fingerprints])
-    sent = [*(x.flatten() for x in sums), sums[0].new_full((1,), views[0].shape[-2]), bits.to(sums[0].dtype)]
-    *totals, count, set_bits = sum_constant(torch.cat(sent), group).split([len(x) for x in sent])
-    disagree = (set_bits != 0) & (set_bits != world_size(group))
-    if views[0].device.type == "cpu" and not torch.compiler.is_compiling() and bool(disagree.any()):
-        _raise_disagreement(options_differ=bool(disagree[:32].any()))
+    call = 2 * len(views) + (torch.is_grad_enabled() and any(z.requires_grad for z in views))
+    for width in widths:  # not a hash, which tracing could not follow
+        call = (call * 0x01000193 + width) % 2**32
+    sums, device, world = [z.detach().sum(-2, keepdim=True) for z in views], views[0].device, world_size(group)
+    shifts, like = torch.arange(64, device=device), sums[0].new_empty(())
+    bits = torch.cat([(options >> shifts[:32]) & 1, (call >> shifts[:32]) & 1, (step >> shifts) & 1]).to(like)
+    counts = like.new_full((), views[0].shape[-2]) * (torch.arange(world, device=device) == dist.get_rank(group))
+    sent, room = [bits, counts, *(x.flatten() for x in sums)], (HEAD + 8 * world) // like.itemsize
+    lengths = [len(x) for x in sent]
+    is_one = sum(lengths) <= room
+    head = torch.cat(sent if is_one else sent[:2])
+    head = sum_constant(F.pad(head, (0, room - len(head))), group)
+    set_bits, counts, rest = head.split([*lengths[:2], room - sum(lengths[:2])])
+    disagree, known = (set_bits != 0) & (set_bits != world), (group.group_name if group else "", options, call)
+    if not torch.compiler.is_compiling() and (waits or device.type in HOSTS or known not in _agreed):
+        if bool(disagree.any()):
+            _raise_disagreement(*(bool(part.any()) for part in disagree.split([32, 32, 64])))
+        if device.type not in HOSTS:
+            _agreed.add(known)
+    sizes = [int(size) for size in counts.tolist()] if waits else []
+    if waits and sum(sizes) < 2:
+        raise ValueError(
+            f"z_a must hold at least 2 samples on all ranks together, got {sizes} on ranks 0 to {len(sizes) - 1}; "
+            "drop the last incomplete batch (drop_last=True)"
+        )
+    count = counts.sum()
     count = count.masked_fill((count < 2) | disagree.any(), float("nan"))
-    means = [total.view_as(x) / count for total, x in zip(totals, sums, strict=True)]
-    return Shared(count[0], means, partial(sum_constant, group=group))
+    totals = rest[: sum(lengths[2:])] if is_one else sum_constant(torch.cat(sent[2:]), group)
+    means = [total.view_as(x) / count for total, x in zip(totals.split(lengths[2:]), sums, strict=True)]
+    return Shared(count, means, partial(sum_constant, group=group)), sizes
 
 
-def _raise_disagreement(options_differ: bool) -> None:
-    what, remedy = (
-        "step counter or seed",
-        (
-            "Call the loss equally often on every rank and load one checkpoint on all; loss.step.fill_(n) with one n on all "
-            "ranks sets the counters right"
-        ),
-    )
+def _raise_disagreement(options_differ: bool, calls_differ: bool, steps_differ: bool) -> None:
     if options_differ:
-        what, remedy = "options of the loss, or the views' number or width,", "Construct MMILoss alike on every rank"
+        what, remedy = "options of the loss", "Construct MMILoss alike on every rank"
+    elif calls_differ:
+        what, remedy = (
+            "number or width of the views, or whether they need a gradient,",
+            "Give every rank the like; evaluate on all of them, or without gather_distributed",
+        )
+    else:
+        what, remedy = (
+            "step counters",
+            "Call the loss equally often on every rank and load one checkpoint on all; loss.step.fill_(n) with one n "
+            "on all ranks sets the counters right",
+        )
     raise RuntimeError(f"the {what} differ between ranks, which would train on different losses. {remedy}.")
 
 
-class _Concatenate(torch.autograd.Function):
-    """The rows of all ranks, in rank order. What is differentiated is the sum of all ranks' losses, so the gradient of
-    a rank's own rows is summed over all ranks.
-
-    Every rank computes the same loss L, so a rank's gradient is world_size * dL/dz_r, and DDP's average over ranks of
-    the parameter gradients is the gradient of L on the concatenated batch.
+class Concatenate(torch.autograd.Function):
+    """The rows of all ranks (sum of sizes, D), in rank order. What is differentiated is the sum of all ranks' losses, which
+    are all the same L: a rank's gradient is world_size * dL/dz_r, and DDP's average over ranks that of L.
     """
 
     @staticmethod
@@ -91,22 +127,3 @@ class _Concatenate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         total = sum_constant(grad.contiguous(), ctx.group)
         return total[ctx.start : ctx.start + ctx.size], None, None
-
-
-def batch_sizes(x: Tensor, fingerprint: int, group: ProcessGroup | None) -> list[int]:
-    """The number of rows of every rank. It waits for the device: the sizes of what follows depend on it. A RuntimeError
-    says that ``fingerprint`` differs between ranks.
-    """
-    own = torch.tensor([x.shape[0], fingerprint], device=x.device)
-    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, own, group=group)
-    sizes, fingerprints = torch.stack(gathered).T.tolist()
-    if any(other != fingerprint for other in fingerprints):
-        _raise_disagreement(options_differ=True)
-    return sizes
-
-
-def concatenate(x: Tensor, sizes: list[int], group: ProcessGroup | None) -> Tensor:
-    """The rows of all ranks, (sum of sizes, D), for the estimators that need whole embeddings."""
-    result: Tensor = _Concatenate.apply(x, sizes, group)
-    return result

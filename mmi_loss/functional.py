@@ -1,11 +1,8 @@
-"""Mutual information between views from second-order statistics. The loss can be read here, in :func:`_estimate`.
+"""Mutual information between views from second-order statistics. The loss can be read here, in :func:`_eager_estimate`.
 
-Every objective is half a weighted sum of log-determinants,
-
-    I = 1/2 sum_j w_j log det(I + M_j / noise),
-
-with M_j second moments of features standardised over the batch (:mod:`mmi_loss.objectives`). ``noise`` is a floor in
-units of feature variance; I is the mutual information of views observed through isotropic noise of that variance.
+Every objective is half a weighted sum of log-determinants, I = 1/2 sum_j w_j log det(I + M_j / noise), with M_j second
+moments of features standardised over the batch (:mod:`mmi_loss.objectives`) and ``noise`` a floor in units of feature
+variance: the mutual information of views observed through isotropic noise of that variance.
 """
 
 from __future__ import annotations
@@ -31,13 +28,12 @@ if TYPE_CHECKING:
 
 __all__ = ["MMIComponents", "Options", "mmi_loss", "mmi_loss_multiview", "mutual_information"]
 
-AUTO_TRITON = False
-"""Whether ``impl="auto"`` takes the Triton kernels on CUDA. Not before ``benchmarks speed_cuda`` has been run there."""
+AUTO_TRITON = False  # whether impl="auto" takes the kernels on CUDA: not before benchmarks/speed_cuda.py has run there
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class MMIComponents(NamedTuple):
-    """The loss and what it is made of: float32 (float64 for float64 input) scalars, in nats. Only ``loss`` has a gradient.
+    """The loss and what it is made of: float32 (float64 for such input) scalars in nats; only ``loss`` has gradients.
 
     ``mutual_information = entropy_a - conditional_entropy = -loss``, with Gaussian differential entropies of the
     standardised features plus noise, averaged over slices. The conditional entropy is what remains of a view's once the
@@ -53,29 +49,29 @@ class MMIComponents(NamedTuple):
 
 
 @shows_options
-def mmi_loss(z_a: Tensor, z_b: Tensor, *, step: int | Tensor = 0, **options: Unpack[OptionTypes]) -> Tensor:
-    """Negative mutual information of two views (N, D), in nats: the stateless form of :class:`mmi_loss.MMILoss`.
+def mmi_loss(
+    z_a: Tensor | Sequence[Tensor],
+    z_b: Tensor | None = None,
+    *,
+    step: int | Tensor = 0,
+    **options: Unpack[OptionTypes],
+) -> Tensor:
+    """Negative mutual information of views, in nats: the stateless form of :class:`mmi_loss.MMILoss`.
 
-    It takes the same options by keyword, and the ``step`` that, with ``seed``, determines the random slice; the module
-    counts its calls there. The returned scalar and the errors are the module's too.
+    It takes two views (N, D), or a sequence of V >= 2 of them; the module's options by keyword; and the ``step`` that,
+    with ``seed``, determines the random slice, where the module counts its calls.
 
     Example:
         >>> z = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
-        >>> identical, independent = mmi_loss(z, z), mmi_loss(z, z.roll(1, 0))
+        >>> identical, independent = mmi_loss(z, z), mmi_loss([z, z.roll(1, 0)])
         >>> bool(identical < -20 < independent < 0)
         True
     """
-    return loss([z_a, z_b], step, Options(**options))
-
-
-@shows_options
-def mmi_loss_multiview(views: Sequence[Tensor], *, step: int | Tensor = 0, **options: Unpack[OptionTypes]) -> Tensor:
-    """Negative mutual information of V >= 2 views, each (N, D), in nats.
-
-    For ``objective="content"`` the covariance of one view is split into within-image and between-image parts over all
-    views at once (an analysis of variance); for the others it is the mean over all pairs, on the same slice.
-    """
+    views = z_a if isinstance(z_a, (list, tuple)) and z_b is None else (z_a, z_b)
     return loss(views, step, Options(**options))
+
+
+mmi_loss_multiview = mmi_loss
 
 
 def loss(views: Sequence[Tensor], step: int | Tensor, options: Options) -> Tensor:
@@ -86,13 +82,15 @@ def loss(views: Sequence[Tensor], step: int | Tensor, options: Options) -> Tenso
 def components(views: Sequence[Tensor], step: int | Tensor, options: Options) -> MMIComponents:
     """The loss and the entropies it is made of."""
     value, log_dets, widths, noises = _estimate(views, step, options)
-    row, new = options.row, {"dtype": log_dets.dtype, "device": log_dets.device}
+    row = options.row
     # log det(I + M / noise) to the differential entropy of the features plus noise, one constant for each view.
-    log_noises = torch.stack([torch.as_tensor(noise, **new).log() for noise in noises])
-    constants = torch.tensor(widths, **new) / 2 * (math.log(2 * math.pi * math.e) + log_noises)
+    log_noises = torch.stack(
+        [torch.as_tensor(noise, dtype=log_dets.dtype, device=log_dets.device).log() for noise in noises]
+    )
+    constants = torch.tensor(widths).to(log_dets) / 2 * (math.log(2 * math.pi * math.e) + log_noises)
     of_moments = [constants[0] if row.is_pooled else constants[first:last].sum() for first, last in row.moments]
     entropies = log_dets.reshape(len(log_dets), -1).mean(-1) / 2 + torch.stack(of_moments)
-    weights = torch.tensor([row.entropy_a, row.entropy_b, row.conditional_entropy], **new)
+    weights = torch.tensor([row.entropy_a, row.entropy_b, row.conditional_entropy]).to(log_dets)
     return MMIComponents(value, -value.detach(), *(weights @ entropies))
 
 
@@ -105,10 +103,9 @@ def noise_floor(options: Options, dim: int, samples: int | Tensor, dtype: torch.
     the noise in others is chance: hence ``noise = dim / min(snr, samples)``.
 
     It also bounds the exact loss: log(1 + x) <= x, so that half of log det(I + M / noise) is at most half of
-    tr M / noise, ``snr / 2`` nats, for every width and slice. The default's 32 nats are more than any data set holds
-    (images drawn from a million are told apart by 14), and little enough that chance cannot fill them: unrelated
-    Gaussian views of 512 features show, on the default slice, 2.2 nats in 64 samples, 0.8 in 256 and 0.2 in 1024, at
-    ``snr=256`` 9.4, 3.1 and 0.8, at a ridge of 0.01 77, 10 and 2.
+    tr M / noise, ``snr / 2`` nats, for every width and slice: more than any data set holds (images drawn from a million
+    are told apart by 14), and little enough that chance cannot fill it: unrelated Gaussian views of 512 features show,
+    on the default slice, 2.2 nats in 64 samples, 0.8 in 256 and 0.2 in 1024; at a ridge of 0.01, 77, 10 and 2.
 
     ``samples`` in a tensor, as counted over all ranks, gives a tensor: reading it would wait for the device.
     """
@@ -153,28 +150,26 @@ def _estimate(views: Sequence[Tensor], step: int | Tensor, options: Options) -> 
     if options.impl == "reference" or torch._C._are_functorch_transforms_active():
         # Under torch.func's transforms, which closed forms do not know, torch differentiates the plain form.
         if gathers:
-            sizes = distributed.batch_sizes(views[0], options.fingerprint, options.process_group)
-            views = [distributed.concatenate(z, sizes, options.process_group) for z in views]
+            views, group, widths = [z.to(dtype) for z in views], options.process_group, [z.shape[1] for z in views]
+            _, sizes = distributed.share(views, widths, options.fingerprint, step, group, waits=True)
+            views = [distributed.Concatenate.apply(z, sizes, group) for z in views]
         return _Estimate(*reference.loss(views, step, options))
     if options.impl == "triton" or (AUTO_TRITON and options.impl == "auto" and device == "cuda"):
-        refusal = triton.refusal(
-            views, options.objective, options.logdet, options.slice_dim, options.slice_kind, gathers
-        )
+        refusal = triton.refusal(views, options, gathers)
         if refusal is None:
             return _triton_estimate(views[0], views[1], step, options)
         if options.impl == "triton":
-            raise ValueError(
-                f"impl='triton' cannot compute this loss: {refusal}. impl='eager' computes every loss on every device"
-            )
+            raise ValueError(f"impl='triton' cannot compute this loss: {refusal}. impl='eager' computes every loss")
     return _eager_estimate(views, step, options, dtype, gathers)
 
 
 def _eager_estimate(
     views: Sequence[Tensor], step: Tensor, options: Options, dtype: torch.dtype, gathers: bool
 ) -> _Estimate:
-    """Views to slices, to the noise floor, to log-determinants and their weighted sum, by covariances or Gram matrices."""
+    """Views to slices, noise floor, log-determinants and their weighted sum, by covariances or Gram matrices."""
     row, is_traced = options.row, torch.compiler.is_compiling()
-    is_sliced = options.slice_dim is not None and options.slice_dim < max(views[0].shape[1], views[-1].shape[1])
+    dims = [z.shape[1] for z in views]
+    is_sliced = options.slice_dim is not None and options.slice_dim < max(dims)
     if is_sliced:
         views = slices.slice_views(
             views, options.slice_dim, options.num_slices, options.block_dim, step, options.seed, dtype
@@ -185,85 +180,57 @@ def _eager_estimate(
             checks.warn_without_slices(options.num_slices, options.slice_dim, views[0].shape[1])
     shared, samples = None, views[0].shape[-2]
     if gathers:
-        views, shared, samples = _gather(views, step, options, is_sliced)
+        views, shared, samples = _gather(views, dims, step, options, is_sliced)
     if row.is_spurious and not is_traced:
         checks.warn_if_starved(options.objective, samples, views[0].shape[-1])
 
     # In a traced graph the number of samples is a symbol, which a tensor hides from what must be a number there.
     count = shared.samples if shared else views[0].new_full((), samples) if is_traced else samples
-    widths, noises = [], []
+    widths, noises, estimates = [], [], []
     for z in views:
         if z.shape[-1] not in widths:
             noise = noise_floor(options, z.shape[-1], count, dtype)
         widths.append(z.shape[-1])
         noises.append(noise)
     is_computed = is_sliced and options.slice_kind != "coordinates"
-    losses, log_dets = [], []
     for group in combinations(range(len(views)), 2) if row.is_pairwise else [tuple(range(len(views)))]:
-        chosen = itemgetter(*group)
-        of_group = shared and shared._replace(means=chosen(shared.means))
-        estimate = _route(chosen(views), chosen(noises), options, is_computed, of_group)
-        losses.append(estimate[0])
-        log_dets.append(estimate[1])
-    if len(losses) == 1:
-        return _Estimate(losses[0], log_dets[0], widths, noises)
-    return _Estimate(torch.stack(losses).mean(), torch.stack(log_dets).mean(0), widths, noises)
-
-
-def _route(
-    views: Sequence[Tensor],
-    noises: Sequence[float | Tensor],
-    options: Options,
-    is_computed: bool,
-    shared: Shared | None,
-) -> tuple[Tensor, Tensor]:
-    """The loss of views (S, N, k) or (N, D) that make one estimate, and its constant log-determinants (m, ...)."""
-    row, noise = options.row, noises[0]
-    rows, columns = len(views) * views[0].shape[-2], views[0].shape[-1]
-    if not row.is_pooled:
-        columns += views[1].shape[-1]
-        if views[0].shape[-1] != views[1].shape[-1]:
-            pairs = zip(views, noises, strict=True)
-            noise = torch.cat(
-                [torch.as_tensor(floor, dtype=z.dtype, device=z.device).expand(z.shape[-1]) for z, floor in pairs]
-            )
-    # The rows of the other ranks are not here: shared statistics are covariances.
-    if shared is None and rows < columns:
-        return gram_loss(row, noise, options.log_det, views, is_computed)
-    return CovarianceLoss.apply(row, noise, options.log_det, shared, is_computed, *views)
+        take = itemgetter(*group)
+        chosen, noise, columns = take(views), noises[group[0]], widths[0]
+        if not row.is_pooled:
+            columns = sum(take(widths))
+            if widths[group[0]] != widths[group[1]]:
+                floors = torch.stack([torch.as_tensor(n, dtype=dtype, device=chosen[0].device) for n in take(noises)])
+                noise = floors.repeat_interleave(torch.tensor(take(widths), device=floors.device), output_size=columns)
+        # The rows of the other ranks are not here: shared statistics are covariances.
+        if shared is None and len(group) * samples < columns:
+            estimates.append(gram_loss(row, noise, options.log_det, chosen, is_computed))
+        else:
+            of_group = shared and shared._replace(means=take(shared.means))
+            estimates.append(CovarianceLoss.apply(row, noise, options.log_det, of_group, is_computed, *chosen))
+    value, log_dets = estimates[0]
+    if len(estimates) > 1:
+        value, log_dets = (torch.stack(column).mean(0) for column in zip(*estimates, strict=True))
+    return _Estimate(value, log_dets, widths, noises)
 
 
 def _gather(
-    views: Sequence[Tensor], step: Tensor, options: Options, is_sliced: bool
+    views: Sequence[Tensor], widths: Sequence[int], step: Tensor, options: Options, is_sliced: bool
 ) -> tuple[Sequence[Tensor], Shared | None, int]:
-    """Views (S, N, k) or (N, D) and what the ranks share of them; or, for the Gram route, the rows of all ranks. And the
-    number of samples, guessed where counting would wait.
+    """Views (S, N, k) or (N, D) and what the ranks share of them, or for the Gram route the rows of all ranks; and the
+    number of samples, guessed where counting would wait. ``widths`` are those before slicing.
     """
-    group, guess = options.process_group, views[0].shape[-2] * distributed.world_size(options.process_group)
-    # Not a hash of the widths, which tracing could not follow.
-    fingerprint = (options.fingerprint + 0x9E3779B9 * (len(views) + 64 * sum(z.shape[-1] for z in views))) % 2**32
-    if is_sliced:
-        return views, distributed.share(views, [fingerprint, slices.key(step, options.seed, 0)], group), guess
-    if torch.compiler.is_compiling():  # a graph cannot choose its route by what it counts
-        return views, distributed.share(views, [fingerprint, 0], group), guess
-    sizes = distributed.batch_sizes(views[0], fingerprint, group)
-    samples = sum(sizes)
-    if samples < 2:
-        raise ValueError(
-            f"z_a must hold at least 2 samples on all ranks together, got {sizes} on ranks 0 to {len(sizes) - 1}; "
-            "drop the last incomplete batch (drop_last=True)"
-        )
-    columns = views[0].shape[-1] if options.row.is_pooled else views[0].shape[-1] + views[1].shape[-1]
-    if (len(views) if options.row.is_pooled else 2) * samples < columns:
-        return [distributed.concatenate(z, sizes, group) for z in views], None, samples
-    return views, distributed.share(views, [fingerprint, 0], group), samples
+    waits = not (is_sliced or torch.compiler.is_compiling())  # a graph cannot choose its route by what it counts
+    shared, sizes = distributed.share(views, widths, options.fingerprint, step, options.process_group, waits)
+    if not waits:
+        return views, shared, views[0].shape[-2] * distributed.world_size(options.process_group)
+    columns = widths[0] if options.row.is_pooled else widths[0] + widths[-1]
+    if (2 if options.row.is_pairwise else len(views)) * sum(sizes) < columns:
+        return [distributed.Concatenate.apply(z, sizes, options.process_group) for z in views], None, sum(sizes)
+    return views, shared, sum(sizes)
 
 
 def _triton_estimate(z_a: Tensor, z_b: Tensor, step: Tensor, options: Options) -> _Estimate:
-    dim = z_a.shape[1]
-    slice_dim = None if options.slice_dim is None or options.slice_dim >= dim else options.slice_dim
-    noise = noise_floor(options, slice_dim or dim, len(z_a), torch.float32)
-    value, log_dets = triton.content_loss(
-        z_a, z_b, step, options.seed, slice_dim, options.num_slices, options.block_dim, noise, options.row.weights
-    )
-    return _Estimate(value, log_dets.detach(), [slice_dim or dim] * 2, [noise] * 2)
+    width = min(z_a.shape[1], options.slice_dim or z_a.shape[1])
+    noise = float(noise_floor(options, width, len(z_a), torch.float32))
+    value, log_dets = triton.content_loss(z_a, z_b, step, options, noise)
+    return _Estimate(value, log_dets.detach(), [width] * 2, [noise] * 2)

@@ -31,32 +31,29 @@ class MMILoss(nn.Module):
     minus half the logarithm of a Wilks' lambda with that noise, images as groups.
 
     Args:
-        objective: ``"content"``: I(Z; content), for views of one image by one network: the default.
-            ``"exchangeable"``: I(Z; Z') of two such views. ``"joint"``: I(Z; Z') of any two views, also of two networks
-            or modalities, which may differ in width (Chang et al. 2024, Theorem 1).
-        slice_dim: Features in the determinant: a fresh random slice of so many each step where D is larger. None takes
-            all D.
+        objective: ``"content"``: I(Z; content), for views of one image by one network. ``"exchangeable"``: I(Z; Z') of
+            two such views. ``"joint"``: I(Z; Z') of any two, also of two networks or modalities, which may differ in
+        width. slice_dim: Features in the determinant: a fresh random slice of so many each step where D is larger. None
+            takes all D.
         num_slices: Slices per step, averaged.
         seed: With the step counter, determines the slices.
         snr: Noise floor: total feature variance over the noise variance in one direction, so about how many directions
-            the loss can tell apart, at most one per sample: ``ridge = dim / min(snr, N)`` for ``dim`` features in the
-            determinant. None: 64, unless a ``ridge`` is given.
-        ridge: The noise variance itself, in units of feature variance, in place of ``snr``. It is raised to what the
-            dtype resolves, ``8 * dim * eps``.
+            the loss can tell apart, at most one per sample (:func:`mmi_loss.functional.noise_floor`). None: 64, unless
+            a ``ridge`` is given.
+        ridge: The noise variance itself, in units of feature variance; at least what the dtype resolves, ``8 dim eps``.
         logdet: ``"cholesky"`` is exact; ``"taylor"`` the paper's truncated series.
         order: Order of the series, for ``logdet="taylor"``.
         beta: Rescaling of the series: its spectrum is brought into (0, beta], 0 < beta < 2 (our reading).
         gather_distributed: Statistics over the batches of all ranks. The loss is that of the concatenated batch on
-            every rank, and so is the gradient after DDP's averaging, also with unequal batches. A rank may hold one
-            sample or none; fewer than two on all together are an error, or on slices, where that would make the device
-            wait, a NaN loss. Ranks whose step, seed or options differ get an error (on the CPU) or a NaN loss.
+            every rank, and so is the gradient after DDP's averaging, also with unequal batches. Fewer than two samples
+            on all ranks together, or ranks whose step, seed or options differ, are an error, or a NaN loss where an
+            error would make the device wait.
         process_group: The ranks whose batches belong together, if not all; implies ``gather_distributed``.
-        impl: ``"auto"``; ``"eager"``: torch operations with closed-form gradients; ``"triton"``: fused CUDA kernels of the
-            default objective; ``"reference"``: slow and plain, for checking, second derivatives and ``torch.func``. A
-            named one is never replaced by another, but that under ``torch.func``'s transforms eager is the plain form.
-        slice_kind: ``"kronecker"``: 4 random mixtures of blocks of ``slice_dim / 4`` features; ``"gaussian"``: dense
-            random projections, whose mean is the k-sliced mutual information (Goldfeld et al. 2022);
-            ``"coordinates"``: random subsets of the features.
+        impl: ``"auto"``; ``"eager"``: torch operations with closed-form gradients; ``"triton"``: fused CUDA kernels of
+            the default objective; ``"reference"``: slow and plain, for checking, second derivatives and ``torch.func``.
+            A named one is never replaced by another, but that under ``torch.func``'s transforms eager is the plain
+        form. slice_kind: ``"kronecker"``: 4 random mixtures of blocks of ``slice_dim / 4`` features; ``"gaussian"``:
+            dense random projections (Goldfeld et al. 2022); ``"coordinates"``: random subsets of the features.
 
     Shape:
         - z_a, z_b: (N, D), N >= 2, float16, bfloat16, float32 or float64; or the other forms of :meth:`forward`.
@@ -65,14 +62,13 @@ class MMILoss(nn.Module):
     Raises:
         TypeError, ValueError: An option or input does not fit; the message names it, its value and the remedy.
 
-    A non-finite input gives a NaN loss and NaN gradients; a constant embedding a finite loss. The step counter advances in
-    training mode. It is saved in the metadata of the ``state_dict``, so that a strict load works whether or not the other
-    criterion has one; formats that keep tensors only (safetensors, ``torch.distributed.checkpoint``) lose it, and the
-    slices start again. Averages of weights with ``use_buffers=True`` freeze it: average the model without the criterion.
+    A non-finite input gives a NaN loss and NaN gradients; a constant embedding a finite loss. The step counter advances
+    in training mode and is saved in the metadata of the ``state_dict``: formats that keep tensors only (safetensors,
+    ``torch.distributed.checkpoint``) lose it, and the slices start again. Averaging of weights with
+    ``use_buffers=True`` freezes it: average the model without the criterion.
 
-    References:
-        Chang, Liu, Guo, Wen: Explicit Mutual Information Maximization for Self-Supervised Learning, 2024,
-        https://arxiv.org/abs/2409.04747
+    Source: Chang, Liu, Guo, Wen: Explicit Mutual Information Maximization for Self-Supervised Learning, 2024,
+    https://arxiv.org/abs/2409.04747
 
     Example:
         >>> loss_fn = MMILoss()
@@ -91,14 +87,12 @@ class MMILoss(nn.Module):
 
     @classmethod
     def paper(cls, **options: Unpack[OptionTypes]) -> MMILoss:
-        """The paper's loss as we read it: its general expression on all features, with the fourth-order series.
-
-        Behind a projector wider than an eighth of the batch it fails quietly (the README shows it); keyword
-        arguments change single options.
+        """The paper's loss as we read it: its general expression on all features, with the fourth-order series. Behind
+        a projector wider than an eighth of the batch it fails quietly (the README shows it).
         """
-        given: OptionTypes = {"objective": "joint", "slice_dim": None, "logdet": "taylor", "order": 4}
-        given.update(options)
-        return cls(**given)
+        paper: OptionTypes = {"objective": "joint", "slice_dim": None, "logdet": "taylor", "order": 4}
+        paper.update(options)
+        return cls(**paper)
 
     def forward(
         self,
@@ -108,10 +102,9 @@ class MMILoss(nn.Module):
         local_proj: Tensor | None = None,
         global_proj: Tensor | None = None,
     ) -> Tensor:
-        """The loss, a scalar: minus the mutual information in nats.
-
-        Takes two views ``(z_a, z_b)``, (N, D) each; a list of V views or a stacked (V, N, D) tensor as ``z_a`` alone;
-        or multi-crop's ``local_proj=`` and ``global_proj=``, (V, N, D) each, all of whose views count alike.
+        """The loss of two views ``(z_a, z_b)``, (N, D) each; of a list of V views or a stacked (V, N, D) tensor as
+        ``z_a`` alone; or of multi-crop's ``local_proj=`` and ``global_proj=``, (V, N, D) each, all of whose views count
+        alike.
         """
         views, step = self._views_and_step(z_a, z_b, local_proj, global_proj)
         loss = functional.loss(views, step, self.options)
@@ -119,16 +112,9 @@ class MMILoss(nn.Module):
             step.add_(1)
         return loss
 
-    def forward_components(
-        self,
-        z_a: Tensor | Sequence[Tensor] | None = None,
-        z_b: Tensor | None = None,
-        *,
-        local_proj: Tensor | None = None,
-        global_proj: Tensor | None = None,
-    ) -> MMIComponents:
+    def forward_components(self, *args: Any, **kwargs: Any) -> MMIComponents:
         """In place of :meth:`forward`, for logging: the loss with the entropies it is made of, of the same slice."""
-        views, step = self._views_and_step(z_a, z_b, local_proj, global_proj)
+        views, step = self._views_and_step(*args, **kwargs)
         components = functional.components(views, step, self.options)
         if self.training and step is self.step:
             step.add_(1)
@@ -141,12 +127,12 @@ class MMILoss(nn.Module):
     _recomputed = -1, 0
     """The backward pass in which a forward was last run again, and how many were."""
 
-    def _views_and_step(self, z_a: Any, z_b: Any, local_proj: Any, global_proj: Any) -> tuple[Sequence[Tensor], Tensor]:
-        """The views of a call, and its step on their device: criteria are rarely moved there.
-
-        The step is the counter itself, which then counts the call; or another tensor, if the call is one that was made
-        before: activation checkpointing runs the forward again, from within the backward. The last call is the first to
-        be run again, the one before it the second.
+    def _views_and_step(
+        self, z_a: Any = None, z_b: Any = None, local_proj: Any = None, global_proj: Any = None
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """The views of a call, and its step on their device: criteria are rarely moved there. The step is the counter
+        itself, which then counts the call; or another tensor, if the call is one that was made before: activation
+        checkpointing runs the forward again, from within the backward, the last call first.
         """
         is_pair = isinstance(z_a, Tensor) and isinstance(z_b, Tensor)
         views = (z_a, z_b) if is_pair else views_of_call(z_a, z_b, local_proj, global_proj)

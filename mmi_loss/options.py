@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 from mmi_loss.objectives import OBJECTIVES, Objective
 from mmi_loss.ops.covariance import LogDet, cholesky
 from mmi_loss.ops.series import Series
-from mmi_loss.ops.slices import block_of
+from mmi_loss.ops.slices import MIXTURES
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -60,13 +60,11 @@ IMPLS = ("auto", "eager", "triton", "reference")
 
 
 class Options:
-    """Everything that defines the loss but the data and the step, validated and immutable.
-
-    Attributes are the options, resolved: ``snr`` is None where ``ridge`` is given. And what follows from them.
+    """Everything that defines the loss but the data and the step, validated and immutable: as attributes the options,
+    with the default ``snr`` where neither it nor ``ridge`` is given, and what follows from them.
 
     Raises:
-        TypeError: An option is unknown or of another type.
-        ValueError: Its value does not fit; the message names the remedy.
+        TypeError, ValueError: An option is unknown, or does not fit; the message names the remedy.
     """
 
     if TYPE_CHECKING:
@@ -92,7 +90,9 @@ class Options:
             given,
             row=OBJECTIVES[given["objective"]],
             log_det=Series(given["order"], given["beta"]) if given["logdet"] == "taylor" else cholesky,
-            block_dim=block_of(given["slice_dim"] or 1, given["slice_kind"]),
+            block_dim={"kronecker": max(1, (given["slice_dim"] or 1) // MIXTURES), "gaussian": 1}.get(
+                given["slice_kind"], 0
+            ),
             gathers=given["gather_distributed"] or given["process_group"] is not None,
             fingerprint=zlib.crc32(repr(shared).encode()),
         )
@@ -100,39 +100,34 @@ class Options:
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"options are immutable: make a new MMILoss({name}=...) instead")
 
-    def __deepcopy__(self, memo: object) -> Options:
-        return self  # a process group cannot be copied, and nothing here changes
+    def __deepcopy__(self, memo: object) -> Options:  # a process group could not be copied
+        return self
 
     def given(self) -> OptionTypes:
-        """The options by name: ``Options(**options.given())`` is their equal."""
+        """The options by name: ``Options(**options.given())`` equals them."""
         return cast(OptionTypes, {name: vars(self)[name] for name in DEFAULTS})
 
     def __repr__(self) -> str:
-        hidden = {"snr" if self.snr is None else "ridge"}
+        hidden = {name for name in ("snr", "ridge", "process_group") if vars(self)[name] is None}
         hidden |= set() if self.logdet == "taylor" else {"order", "beta"}
-        hidden |= {"process_group"} if self.process_group is None else set()
         return ", ".join(f"{name}={value!r}" for name, value in self.given().items() if name not in hidden)
 
 
 def _validate(given: dict[str, Any]) -> None:
-    choices = {"objective": OBJECTIVES, "logdet": LOGDETS, "slice_kind": SLICE_KINDS, "impl": IMPLS}
-    for name, known in choices.items():
+    for name, known in {"objective": OBJECTIVES, "logdet": LOGDETS, "slice_kind": SLICE_KINDS, "impl": IMPLS}.items():
         if given[name] not in known:
             raise ValueError(f"{name}={given[name]!r} is not one of {', '.join(map(repr, known))}")
+    value: Any
     for name in ("seed", "slice_dim", "num_slices", "order"):
-        value = given[name]
-        if name == "slice_dim" and value is None:
-            continue
+        value = given[name] if name != "slice_dim" or given[name] is not None else 1
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an int, got {value!r}")
         if value < 1 and name != "seed":
             hint = "; slice_dim=None takes all features" if name == "slice_dim" else ""
             raise ValueError(f"{name} must be at least 1, got {value}{hint}")
     if given["slice_dim"] is None and given["num_slices"] != 1:
-        raise ValueError(
-            f"num_slices={given['num_slices']} has no effect on all features (slice_dim=None): leave it out, or give "
-            "the features of a slice, for example slice_dim=128"
-        )
+        hint = "leave it out, or give the features of a slice, for example slice_dim=128"
+        raise ValueError(f"num_slices={given['num_slices']} has no effect on all features (slice_dim=None): {hint}")
     if not isinstance(given["gather_distributed"], bool):
         raise TypeError(f"gather_distributed must be True or False, got {given['gather_distributed']!r}")
     for name in ("snr", "ridge", "beta"):
@@ -143,15 +138,12 @@ def _validate(given: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be a positive number, got {value}")
     if given["beta"] is None or not 0 < given["beta"] < 2:
         raise ValueError(f"beta must lie in (0, 2), where the series of the logarithm converges, got {given['beta']}")
-    if given["snr"] is not None and given["ridge"] is not None:
-        raise ValueError(
-            f"snr={given['snr']} and ridge={given['ridge']} set the same noise floor: give only one of them"
-        )
-    if given["process_group"] is not None and not hasattr(given["process_group"], "rank"):
-        raise TypeError(
-            f"process_group must be a torch.distributed.ProcessGroup, got {given['process_group']!r}; a DeviceMesh has "
-            "one for each dimension: mesh.get_group('dp')"
-        )
+    snr, ridge, group = given["snr"], given["ridge"], given["process_group"]
+    if snr is not None and ridge is not None:
+        raise ValueError(f"snr={snr} and ridge={ridge} set the same noise floor: give only one of them")
+    if group is not None and not hasattr(group, "rank"):
+        hint = "a DeviceMesh has one for each dimension: mesh.get_group('dp')"
+        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {group!r}; {hint}")
 
 
 Call = TypeVar("Call", bound=Callable[..., Any])

@@ -1,8 +1,7 @@
-"""The whole loss in plain torch, for checking: the oracle of the tests and the naive form of the benchmarks.
-
-From the counter to the number it shares no code with the routes but the table of objectives: its own random slices,
-noise floor, standardisation and weights, explicit covariances of all views, log-determinants by LU, and no backward of
-its own, so that it has derivatives of any order and lives under ``torch.func``'s transforms.
+"""The whole loss in plain torch, for checking. From the counter to the number it shares no code with the routes but the
+table of objectives: its own random slices, noise floor, standardisation and weights, explicit covariances,
+log-determinants by LU, and no backward of its own, so that it has derivatives of any order and lives under
+``torch.func``'s transforms.
 """
 
 from __future__ import annotations
@@ -28,10 +27,8 @@ def loss(
     # NaN everywhere if an input that no slice holds is not finite.
     poison = torch.stack([z.to(dtype).sum() * 0 for z in views]).sum()
     slices = [z.expand(max(map(len, slices)), -1, -1) + poison for z in slices]
-    noises = []
-    for z in slices:
-        noise = options.ridge if options.ridge is not None else z.shape[2] / min(options.snr, z.shape[1])
-        noises.append(max(noise, 8 * z.shape[2] * torch.finfo(dtype).eps))
+    noises = [options.ridge or z.shape[2] / min(options.snr, z.shape[1]) for z in slices]
+    noises = [max(noise, 8 * z.shape[2] * torch.finfo(dtype).eps) for noise, z in zip(noises, slices, strict=True)]
     groups = list(itertools.combinations(range(len(views)), 2)) if options.row.is_pairwise else [range(len(views))]
     estimates = [_log_dets([slices[i] for i in group], [noises[i] for i in group], options) for group in groups]
     log_dets = torch.stack(estimates).mean(0)
@@ -46,7 +43,7 @@ def _slices(z: Tensor, step: int, options: Options) -> Tensor:
     if k is None or k >= dim:
         return z[None]
     if options.slice_kind == "coordinates":
-        ranks = [_signed(_scramble(torch.arange(dim) + _key(step, seed, s))) for s in range(count)]
+        ranks = [(_scramble(torch.arange(dim) + _key(step, seed, s)) + 2**31) % 2**32 for s in range(count)]
         return torch.stack([z[:, rank.argsort(descending=True)[:k].sort().values.to(z.device)] for rank in ranks])
     block = 1 if options.slice_kind == "gaussian" else max(1, k // 4)
     rows, blocks = count * -(-k // block), -(-dim // block)
@@ -58,7 +55,7 @@ def _slices(z: Tensor, step: int, options: Options) -> Tensor:
         mixing = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :blocks]
     else:
         counter = torch.arange(rows * blocks).reshape(rows, blocks)
-        mixing = _signed(_scramble(counter + _key(step, seed, 0))).double() / 2**31
+        mixing = (_scramble(counter + _key(step, seed, 0)) + 2**31).remainder(2**32).double() / 2**31 - 1
     # Feature f of block b is feature f of every mixture m, with weight A_mb: P = A^T kron I.
     identity = torch.eye(block, dtype=torch.float64)
     matrices = [torch.kron(a.T.contiguous(), identity)[:dim, :k] for a in mixing.reshape(count, -1, blocks)]
@@ -77,10 +74,6 @@ def _scramble(x: Tensor) -> Tensor:
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return x ^ (x >> 16)
-
-
-def _signed(x: Tensor) -> Tensor:
-    return torch.where(x >= 2**31, x - 2**32, x)
 
 
 def _log_dets(views: list[Tensor], noises: list[float], options: Options) -> Tensor:

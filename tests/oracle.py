@@ -1,4 +1,4 @@
-"""Mutual information by numpy in float64, from the definitions: ``slogdet``, an SVD, and slices drawn in Python's integers.
+"""Mutual information by numpy in float64, from the definitions: ``slogdet``, an SVD, slices drawn by Python's integers.
 
 It shares nothing with the package.
 """

@@ -39,7 +39,8 @@ def test_killed_run_resumes_to_the_same_parameters(tmp_path):
         _, errors = process.communicate(timeout=GENEROUS)
         assert process.returncode == 0, errors
     checkpoints = [torch.load(folder / "checkpoint0.pt", weights_only=True) for folder in folders.values()]
-    assert checkpoints[0]["loss"]["step"] == checkpoints[1]["loss"]["step"] == checkpoints[0]["step"]
+    for checkpoint in checkpoints:
+        assert checkpoint["loss"]._metadata[""]["step"] == checkpoint["step"] == checkpoints[0]["step"]
     expected, resumed = (torch.load(folder / "parameters.pt", weights_only=True) for folder in folders.values())
     for name, parameter in expected.items():
         assert torch.equal(resumed[name], parameter), f"{name}, killed after step {kill_step}"

@@ -135,7 +135,7 @@ def test_gradcheck_of_slices(kind, objective):
 
 
 @pytest.mark.parametrize("dims", [(5, 12), (12, 5), (5, 12, 7)], ids=str)
-@pytest.mark.parametrize("samples", [40, 4])
+@pytest.mark.parametrize("samples", [14, 4])
 @pytest.mark.parametrize("options", [{}, {"ridge": 0.3}, {"logdet": "taylor", "order": 3}], ids=str)
 def test_joint_views_may_differ_in_width(dims, samples, options):
     """Each with the noise floor of its width, on slices of its own where it is wider than they are."""
@@ -162,7 +162,7 @@ ADDED = {
 
 @pytest.mark.parametrize("name", ADDED)
 @pytest.mark.parametrize("logdet", [{}, {"logdet": "taylor", "order": 3, "beta": 0.8}], ids=str)
-@pytest.mark.parametrize("shape", [(40, 7), (3, 20)])
+@pytest.mark.parametrize("shape", [(14, 7), (3, 14)])
 def test_an_added_objective_works_on_every_route(name, logdet, shape, monkeypatch):
     is_pooled, ranges, entropy, conditional = ADDED[name]
     row = Objective(is_pooled, not is_pooled, False, ranges, entropy, entropy, conditional)
@@ -197,28 +197,30 @@ def test_an_added_objective_works_on_every_route(name, logdet, shape, monkeypatc
 
 
 def test_triton_refuses_an_added_objective_by_name(monkeypatch):
-    triton = pytest.importorskip("mmi_loss.ops.triton", reason="triton is not installed")
-    if not hasattr(triton, "refusal"):
-        pytest.skip("mmi_loss.ops.triton.refusal is not written yet")
-    monkeypatch.setitem(OBJECTIVES, "between", Objective(True, False, False, ((0, None), (0, 1)), (1, 0), (1, 0), (0, 1)))
-    with pytest.raises(ValueError, match="impl='triton' cannot compute this loss: .*'between'"):
-        mmi_loss(*views(40, 8, torch.float32), objective="between", impl="triton")
+    monkeypatch.setitem(OBJECTIVES, "added", OBJECTIVES["content"])
+    with pytest.raises(ValueError, match=r"impl='triton' cannot compute .*(objective='added'|not installed)"):
+        mmi_loss(*views(40, 8, torch.float32), objective="added", impl="triton")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("shape", [(256, 64), (64, 256), (100, 130), (500, 17)])
-@pytest.mark.parametrize("offset", [0.0, 100.0, 1e3, 1e4, 1e5, 1e6], ids=lambda x: f"mean{x:g}")
+@pytest.mark.parametrize("slice_kind", [None, *SLICE_KINDS])
+@pytest.mark.parametrize("shape", [(256, 64), (64, 256), (100, 130), (500, 17), (9, 40)])
 @pytest.mark.parametrize("ridge", [None, 0.1])
-def test_float32_error_is_no_worse_than_plain_torch(objective, shape, offset, ridge):
+def test_float32_error_is_no_worse_than_plain_torch(objective, slice_kind, shape, ridge):
     """Error against error: both in float32 against float64, also where the mean is far larger than the deviation."""
-    pair = [(z.detach() + offset).float() for z in views(*shape)]
     options = {"objective": objective, "slice_dim": None, "ridge": ridge}
-    truth, true_grads = value_and_gradients([z.double() for z in pair], impl="reference", **options)
-    ours, grads = value_and_gradients(pair, **options)
-    plain, plain_grads = value_and_gradients(pair, impl="reference", **options)
-    assert relative_error(ours, truth) <= 2 * relative_error(plain, truth) + 2e-6
-    for grad, plain_grad, true_grad in zip(grads, plain_grads, true_grads, strict=True):
-        assert relative_error(grad, true_grad) <= 2 * relative_error(plain_grad, true_grad) + 5e-6
+    if slice_kind is not None:
+        options |= {"slice_dim": 12, "slice_kind": slice_kind}
+    for offset in (0.0, 1e2, 1e3, 1e4, 1e5, 1e6):
+        pair = [(z.detach() + offset).float() for z in views(*shape)]
+        truth, true_grads = value_and_gradients([z.double() for z in pair], impl="reference", **options)
+        ours, grads = value_and_gradients(pair, **options)
+        plain, plain_grads = value_and_gradients(pair, impl="reference", **options)
+        # A projection is rounded relative to the mean, either way: what is left of the signs is chance.
+        chance = torch.finfo(torch.float32).eps * offset if slice_kind in ("kronecker", "gaussian") else 0
+        assert relative_error(ours, truth) <= 2 * relative_error(plain, truth) + 2e-6 + chance
+        for grad, plain_grad, true_grad in zip(grads, plain_grads, true_grads, strict=True):
+            assert relative_error(grad, true_grad) <= 2 * relative_error(plain_grad, true_grad) + 1e-5 + chance
 
 
 @pytest.mark.parametrize("rho", [0.3, 0.6, 0.9])

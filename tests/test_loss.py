@@ -1,18 +1,21 @@
-"""The module: its state, its life in a training script, compilation."""
+"""The module: its state, its life in a training script, compilation and export."""
 
 import copy
 import io
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import mmi_loss
 from mmi_loss import MMILoss
 from mmi_loss.functional import mmi_loss as functional_mmi_loss
+from mmi_loss.functional import mmi_loss_multiview
 from tests.conftest import views
 
 pytestmark = pytest.mark.filterwarnings("ignore:objective=")
@@ -30,6 +33,24 @@ VARIANTS = {
 }
 
 
+class Run(nn.Module):
+    """A model that keeps its criterion, as Lightning modules do."""
+
+    def __init__(self, criterion, dims=(2, 2)):
+        super().__init__()
+        self.net, self.criterion = nn.Linear(*dims), criterion
+
+    def forward(self, x, y):
+        return self.criterion(self.net(x), self.net(y))
+
+
+def saved(module):
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
 def test_module_is_the_function_of_its_counter():
     pair, loss_fn = views(20, 300), MMILoss()
     for step in range(3):
@@ -37,6 +58,43 @@ def test_module_is_the_function_of_its_counter():
     assert loss_fn.step == 3
     assert loss_fn(z_a=pair[0], z_b=pair[1]).item() == functional_mmi_loss(*pair, step=3).item()
     assert loss_fn.forward_components(*pair).loss.item() == functional_mmi_loss(*pair, step=4).item()
+    assert loss_fn.step == 5
+
+
+@pytest.mark.parametrize("options", [VARIANTS[name] for name in ("default", "joint", "exchangeable")], ids=str)
+def test_more_views(options):
+    """Every form of a call that criteria of multi-crop methods know is a function of the same views."""
+    stacked = torch.stack([z.detach() for seed in (0, 1) for z in views(20, 140, seed=seed)])
+    expected = mmi_loss_multiview(list(stacked), step=0, **options)
+    forms = {
+        "list": ((list(stacked),), {}),
+        "stacked": ((stacked,), {}),
+        "local and global": ((), {"local_proj": stacked[2:], "global_proj": stacked[:2]}),
+        "global alone": ((), {"global_proj": stacked}),
+    }
+    for arguments, keywords in forms.values():
+        for call in ("forward", "forward_components"):
+            loss_fn = MMILoss(**options)
+            loss = getattr(loss_fn, call)(*arguments, **keywords)
+            assert (loss if call == "forward" else loss.loss) == expected
+            assert loss_fn.step == 1
+
+
+def test_a_call_is_short():
+    """From the call to torch: what a reader has to follow, and the interpreter."""
+    loss_fn, (z_a, z_b) = MMILoss(), torch.randn(2, 256, 2048, requires_grad=True).unbind()
+    loss_fn(z_a, z_b)
+    package, files = Path(mmi_loss.__file__).parent, []
+
+    def profile(frame, event, _):
+        if event == "call" and Path(frame.f_code.co_filename).is_relative_to(package):
+            files.append(frame.f_code.co_filename)
+
+    sys.setprofile(profile)
+    loss_fn(z_a, z_b)
+    sys.setprofile(None)
+    assert 0 < len(files) <= 20
+    assert len(set(files)) <= 4
 
 
 def test_slices_are_fresh_in_training_and_fixed_in_evaluation():
@@ -50,28 +108,63 @@ def test_slices_are_fresh_in_training_and_fixed_in_evaluation():
 def test_resumed_run_goes_on_where_it_stopped():
     pair, loss_fn = views(20, 300), MMILoss()
     loss_fn(*pair)
-    file = io.BytesIO()
-    torch.save(loss_fn.state_dict(), file)
-    file.seek(0)
+    state = saved(loss_fn)
     expected = loss_fn(*pair)
     resumed = MMILoss()
-    resumed.load_state_dict(torch.load(file, weights_only=True))
+    resumed.load_state_dict(state)
     assert resumed(*pair) == expected
 
 
-def test_checkpoint_of_a_criterion_without_state_loads():
-    class Model(nn.Module):
-        def __init__(self, criterion):
-            super().__init__()
-            self.layer, self.criterion = nn.Linear(2, 2), criterion
+def test_checkpoints_load_strictly_whatever_the_criterion():
+    """In both directions between criteria with and without state; a counter that was not saved stays as it is."""
+    model, other = Run(MMILoss()), Run(nn.MSELoss())
+    model.criterion.step.fill_(5)
+    state = saved(model)
+    assert set(state) == set(other.state_dict())
+    other.load_state_dict(state)
+    for counterless in (saved(other), dict(state)):  # a copy into a dict loses the metadata
+        model.load_state_dict(counterless)
+        assert model.criterion.step == 5
+    resumed = Run(MMILoss())
+    resumed.load_state_dict(state)
+    assert resumed.criterion.step == 5
 
-    model = Model(MMILoss())
-    model.criterion.step += 5
-    checkpoint = Model(nn.MSELoss()).state_dict()
-    keys = set(checkpoint)
-    model.load_state_dict(checkpoint)
-    assert model.criterion.step == 5
-    assert set(checkpoint) == keys
+
+def test_counter_survives_moves():
+    with torch.device("meta"):
+        model = Run(MMILoss())
+    assert model.to_empty(device="cpu").criterion.step == 0
+    model.criterion.step.fill_(7)
+    for move in (lambda m: m.to_empty(device="cpu"), lambda m: m.to("cpu", torch.float64), lambda m: m.half()):
+        loss_fn = move(model).criterion
+        assert loss_fn.step == 7
+        assert loss_fn.step.dtype == torch.int64
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_recomputed_forwards_take_their_steps_again(use_reentrant, calls):
+    """Activation checkpointing around network and criterion: one backward, in which each call is run again."""
+    inputs, net, loss_fn = [z.detach() for z in views(32, 20)], nn.Linear(20, 200).double(), MMILoss()
+
+    def gradient(loss):
+        net.zero_grad()
+        sum(3**i * loss(i) for i in range(calls)).backward()
+        return net.weight.grad
+
+    def plain(a, b, step):
+        return functional_mmi_loss(net(a), net(b), step=step)
+
+    for start in (0, calls):  # two steps of training
+        expected = gradient(lambda i, start=start: plain(*inputs, step=start + i))
+        leaves = [z.clone().requires_grad_() for z in inputs]
+        run = gradient(
+            lambda _, leaves=leaves: checkpoint(
+                lambda a, b: loss_fn(net(a), net(b)), *leaves, use_reentrant=use_reentrant
+            )
+        )
+        torch.testing.assert_close(run, expected)
+    assert loss_fn.step == 2 * calls
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
@@ -80,7 +173,7 @@ def test_copies_behave_alike(clone):
     loss_fn(*pair)
     copied = clone(loss_fn)
     assert copied(*pair) == loss_fn(*pair)
-    assert copied.options == loss_fn.options
+    assert copied.options.given() == loss_fn.options.given()
 
 
 def test_counter_survives_inference_mode():
@@ -145,12 +238,33 @@ def test_compiles_whole(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_compiles_for_changing_batch_sizes(name):
-    """A last, incomplete batch: from the second size on, the size is a symbol of the graph."""
+    """From the second size on, the size is a symbol of the graph: one for each route, and that of the first size."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     eager, module = MMILoss(**VARIANTS[name]), MMILoss(**VARIANTS[name])
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for samples in (24, 20, 30, 150):
+    for samples in (24, 20, 30, 31, 62, 65, 90, 150, 151, 300):
         assert_same(compiled, eager, samples)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_exports_with_its_network(name):
+    """One program for all batch sizes, which counts its calls and has the eager gradients."""
+    torch.manual_seed(0)
+    model, example = Run(MMILoss(**VARIANTS[name]), (20, 200)), (torch.randn(16, 20), torch.randn(16, 20))
+    batch = {0: torch.export.Dim("batch", min=2)}
+    program = torch.export.export(copy.deepcopy(model), example, dynamic_shapes=(batch, batch)).module()
+    for samples in (3, 16, 40, 300):
+        results = []
+        inputs = [torch.randn(samples, 20) for _ in range(2)]
+        for run in (program, model):
+            run.zero_grad()
+            loss = run(*inputs)
+            loss.backward()
+            results.append([loss.detach(), run.net.weight.grad, run.net.bias.grad])
+        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+    assert dict(program.named_buffers())["criterion.step"] == model.criterion.step == 4
 
 
 def assert_same(ours, expected, samples):

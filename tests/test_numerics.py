@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from mmi_loss import MMILoss
-from mmi_loss.functional import OBJECTIVES, mmi_loss
+from mmi_loss.functional import mmi_loss
+from mmi_loss.objectives import OBJECTIVES
+from mmi_loss.options import SLICE_KINDS
 from tests.conftest import views
 
 pytestmark = pytest.mark.filterwarnings("ignore:objective=")
@@ -13,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:objective=")
 ESTIMATORS = [
     {"objective": objective, "slice_dim": slice_dim, "slice_kind": kind}
     for objective in OBJECTIVES
-    for slice_dim, kind in ((None, "kronecker"), (8, "kronecker"), (8, "coordinates"), (8, "gaussian"))
+    for slice_dim, kind in ((None, "kronecker"), *((8, kind) for kind in SLICE_KINDS))
 ]
 SHAPES = [(40, 12), (6, 40)]
 
@@ -79,39 +81,56 @@ def test_autocast_does_not_reach_the_loss(options, dtype):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_non_finite_input_is_seen_in_loss_and_gradient(options, shape, value, dtype):
-    """Whichever feature holds it, taken or not: a GradScaler looks at gradients."""
+    """Whichever feature holds it, taken or not, in every gradient: a GradScaler looks at them."""
     for feature in range(0, shape[1], 5):
         pair = [z.detach().to(dtype) for z in views(*shape)]
         pair[1][2, feature] = value
         loss, grads = backward(pair, **options)
-        assert not loss.isfinite()
-        assert not all(grad.isfinite().all() for grad in grads)
+        assert loss.isnan()
+        assert all(grad.isnan().all() for grad in grads)
 
 
 @pytest.mark.parametrize("options", ESTIMATORS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("value", [0.0, 3.1, -1234.5])
-def test_collapsed_embeddings(options, shape, dtype, value):
+@pytest.mark.parametrize("value", [0.0, 0.1, 3.1, -1234.5, 1e4])
+@pytest.mark.parametrize("impl", ["eager", "reference"])
+def test_collapsed_embeddings(options, shape, dtype, value, impl):
     pair = [torch.full(shape, value, dtype=dtype) for _ in range(2)]
-    loss, grads = backward(pair, **options)
+    loss, grads = backward(pair, impl=impl, **options)
     assert abs(loss.item()) < 1e-6
     assert not any(grad.any() for grad in grads)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("options", [o for o in ESTIMATORS if not o["slice_dim"] or o["slice_kind"] == "coordinates"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_dead_feature_is_ignored(objective, shape):
+@pytest.mark.parametrize("level", [0.1, 7.1, 1e4])
+def test_dead_feature_is_ignored(options, shape, level):
     """A constant's mean is off by a rounding: that is no variance, and no gradient."""
     pair = [z.detach().float() for z in views(*shape)]
     for z in pair:
-        z[:, 3] = 7.1
-    exact, exact_grads = backward([z.double() for z in pair], objective=objective, slice_dim=None, impl="reference")
-    loss, grads = backward(pair, objective=objective, slice_dim=None)
+        z[:, ::2] = level
+    exact, exact_grads = backward([z.double() for z in pair], impl="reference", **options)
+    loss, grads = backward(pair, **options)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
+    assert loss < -0.05
     for grad, expected in zip(grads, exact_grads, strict=True):
         torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-5)
-        assert not grad[:, 3].any()
+        assert not grad[:, ::2].any()
+
+
+@pytest.mark.parametrize("options", ESTIMATORS, ids=str)
+@pytest.mark.parametrize("logdet", ["cholesky", "taylor"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e19), (torch.float64, 1e154)])
+def test_squares_that_overflow_are_seen(options, logdet, shape, dtype, scale):
+    """Finite input, infinite variance: NaN, neither the 0 of features taken for constant nor another number."""
+    pair = [(z.detach() * 100).to(dtype) * scale for z in views(*shape)]
+    assert all(z.isfinite().all() for z in pair)
+    for impl in ("eager", "reference"):
+        loss, grads = backward(pair, impl=impl, logdet=logdet, **options)
+        assert loss.isnan()
+        assert all(grad.isnan().all() for grad in grads)
 
 
 @pytest.mark.parametrize("options", ESTIMATORS, ids=str)
@@ -181,7 +200,7 @@ def test_same_tensor_twice():
 def test_slice_dim_beyond_the_features_takes_them_all():
     pair = views(20, 14)
     for slice_dim in (14, 15, 1000, None):
-        assert mmi_loss(*pair, slice_dim=slice_dim, num_slices=3) == mmi_loss(*pair)
+        assert mmi_loss(*pair, slice_dim=slice_dim) == mmi_loss(*pair)
 
 
 def test_mixed_precision_views_are_promoted():
@@ -190,14 +209,30 @@ def test_mixed_precision_views_are_promoted():
     assert mmi_loss(z_a.double(), z_b).dtype == torch.float64
 
 
-def test_second_derivative_is_refused():
-    pair = views(20, 14)
-    (grad,) = torch.autograd.grad(mmi_loss(*pair), pair[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
+@pytest.mark.parametrize("slicing", [{}, *({"slice_dim": 4, "slice_kind": kind} for kind in SLICE_KINDS)], ids=str)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_second_derivative_is_the_references_alone(slicing, objective):
+    """Elsewhere it is refused, and the error says where it can be had."""
+    pair, options = views(7, 6), {"objective": objective, **slicing}
+    (grad,) = torch.autograd.grad(mmi_loss(*pair, **options), pair[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*impl='reference'"):
         grad.sum().backward()
-    # The reference has one, and the error says so.
-    (grad,) = torch.autograd.grad(mmi_loss(*pair, impl="reference"), pair[:1], create_graph=True)
-    grad.square().sum().backward()
+    assert torch.autograd.gradgradcheck(lambda a, b: mmi_loss(a, b, impl="reference", **options), pair)
+
+
+@pytest.mark.parametrize("options", ESTIMATORS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transforms_of_torch_func(options, shape):
+    """Of the eager module: grad, a batch of pairs, a Jacobian."""
+    pairs = [torch.stack([views(*shape, seed=seed)[view].detach() for seed in range(3)]) for view in (0, 1)]
+    loss_fn = MMILoss(**options).eval()
+    losses, grads = zip(*(backward(pair, **options) for pair in zip(*pairs, strict=True)), strict=True)
+    torch.testing.assert_close(torch.func.vmap(loss_fn)(*pairs), torch.stack(losses))
+    of_both = torch.func.vmap(torch.func.grad(loss_fn, argnums=(0, 1)))(*pairs)
+    torch.testing.assert_close(torch.stack(of_both, 1), torch.stack([torch.stack(both) for both in grads]))
+    first = [z[0] for z in pairs]
+    for transform in (torch.func.grad, torch.func.jacrev):
+        torch.testing.assert_close(transform(loss_fn, argnums=1)(*first), grads[0][1])
 
 
 @pytest.mark.parametrize("kind", ["kronecker", "coordinates"])

@@ -5,7 +5,7 @@ Installed beside a clone of solo-learn (https://github.com/vturrisi/solo-learn, 
 
     git clone https://github.com/vturrisi/solo-learn && cd solo-learn
     pip install -r requirements.txt 'setuptools<82'  # torchmetrics 0.11 needs pkg_resources, gone in setuptools 82
-    pip install 'mmi-loss[solo]'
+    pip install '/path/to/mmi-loss[solo]'  # a clone: the package is on no index
 
 Pretraining, from the clone's root, with a ready configuration or with any of solo-learn's own::
 
@@ -15,11 +15,11 @@ Pretraining, from the clone's root, with a ready configuration or with any of so
 
 Ready are ``mmi_cifar10``, ``mmi_cifar100``, ``mmi_imagenet100``, ``mmi_imagenet`` and ``mmi_custom`` (a folder of
 images). They are solo-learn's ``barlow.yaml`` of that data set with another method: same network, augmentations,
-optimiser, schedule. ``method_kwargs`` takes ``proj_hidden_dim`` and ``proj_output_dim`` as there, and the options of
-:class:`mmi_loss.MMILoss` under their own names, for example ``+method_kwargs.slice_dim=null``. As solo-learn's own
-losses do, the method takes its statistics over the batches of all GPUs (``gather_distributed``).  What a borrowed
-configuration holds for its own method (``lamb``, ``scale_loss``, ``sim_loss_weight``...) is ignored with a warning; a
-name that belongs to no method is an error.
+optimiser, schedule. ``method_kwargs`` takes ``proj_hidden_dim`` and ``proj_output_dim`` as there, and all options of
+:class:`mmi_loss.MMILoss` but ``process_group`` under their own names, for example ``+method_kwargs.slice_dim=null``. As
+solo-learn's own losses do, the method takes its statistics over the batches of all GPUs (``gather_distributed``). What
+a borrowed configuration holds for its own method (``lamb``, ``scale_loss``, ``sim_loss_weight``...) is ignored with a
+warning; a name that belongs to no method is an error.
 
 Evaluation of a checkpoint. Linear evaluation never looks a method up; the scripts without Hydra do, and are run by a
 launcher that registers the method first::

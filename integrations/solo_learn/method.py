@@ -18,9 +18,10 @@ from mmi_loss.options import DEFAULTS, Options
 
 PROJECTOR = ("proj_hidden_dim", "proj_output_dim")
 
-# Statistics are those of the global batch, as in solo-learn's Barlow Twins and VICReg. A process group is an object, which
-# no configuration holds.
-OPTIONS = {name: default for name, default in DEFAULTS.items() if name != "process_group"} | {"gather_distributed": True}
+# Statistics are those of the global batch, as in solo-learn's Barlow Twins and VICReg. No configuration can hold a
+# process group.
+OPTIONS = {**DEFAULTS, "gather_distributed": True}
+del OPTIONS["process_group"]
 
 # What the configurations of solo-learn's own methods hold in `method_kwargs`: `--config-name barlow method=mmi`
 # inherits such keys, and they are no mistakes. Anything else that is not ours is one.

@@ -34,15 +34,13 @@ def closed_form(backward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(backward)
     def wrapped(ctx: Any, *grads: Tensor) -> Any:
         device_type = grads[0].device.type
-        is_plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled(device_type))
-        if is_plain and not torch.compiler.is_compiling():
+        if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device_type) or torch.compiler.is_compiling()):
             return backward(ctx, *grads)  # entering contexts takes longer than a small operation
         with torch.no_grad(), torch.autocast(device_type, enabled=False):
             outputs = backward(ctx, *grads)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return outputs
 
-        refused = [_Refusal.apply(x.detach().requires_grad_()) if isinstance(x, Tensor) else x for x in outputs]
-        return tuple(refused)
+        return tuple(_Refusal.apply(x.detach().requires_grad_()) if isinstance(x, Tensor) else x for x in outputs)
 
     return wrapped

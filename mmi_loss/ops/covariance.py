@@ -15,8 +15,8 @@ from mmi_loss.objectives import Objective, Weights
 from mmi_loss.ops.autograd import closed_form
 
 LogDet = Callable[[Sequence[Tensor], Sequence[int], Weights], tuple[Tensor, list[Tensor]]]
-"""From groups of SPD matrices (g, ..., n, n), and how many more eigenvalues of 1 the matrices of each have: the log dets
-(sum of g, ...) in nats, and the gradient of their weighted sum with respect to each group, symmetric: new tensors.
+"""From groups of SPD matrices (g, ..., n, n), and how many more eigenvalues of 1 the matrices of each have: the log
+dets (sum of g, ...) in nats, and the gradient of their weighted sum with respect to each group, symmetric: new tensors.
 """
 
 
@@ -29,17 +29,15 @@ class Shared(NamedTuple):
 
 
 def contrasts(views: Sequence[Tensor], mean: Tensor | None = None) -> Tensor:
-    """The contrasts (V, ..., N, k) of V views (..., N, k): what they share, their sum less V times the ``mean``
-    (..., 1, k), by default that of the samples; and how they differ, for i = 1 .. V - 1,
+    """The contrasts (V, ..., N, k) of V views (..., N, k), Helmert's orthonormal combinations times sqrt(V): what they
+    share, their sum less V times the ``mean`` (..., 1, k), by default that of the samples; and how they differ,
 
-        u_i = c_i [x_{i+1} - (x_1 + ... + x_i) / i],    c_i = sqrt(V i / (i + 1)).
-
-    They are orthonormal combinations of the views (Helmert's) times sqrt(V), a factor that makes the weights of a pair 1.
-    Those that differ are free of the mean, and accurate even where the views nearly agree.
+        u_i = c_i [x_{i+1} - (x_1 + ... + x_i) / i],    c_i = sqrt(V i / (i + 1)),    i = 1 .. V - 1.
     """
-    num_views, buffer, out = len(views), None, [None] * len(views)
+    num_views, buffer = len(views), None
+    out: Sequence[Tensor | None] = [None] * num_views
     if not torch.compiler.is_compiling():
-        # In a traced graph, writes into a part of a tensor would pin the batch size; the compiler places results itself.
+        # In a traced graph, writes into a part of a tensor would pin the batch size; it places results itself.
         buffer = views[0].new_empty((num_views, *views[0].shape))
         out = buffer.unbind()
     # Relative to any one sample, features keep their digits where the mean is far larger than the deviation.
@@ -52,26 +50,18 @@ def contrasts(views: Sequence[Tensor], mean: Tensor | None = None) -> Tensor:
         shared = torch.add(row, shared, alpha=1 + 1 / i, out=out[0])
         rows.append(row)
     for i in range(1, num_views if num_views > 2 else 0):  # for a pair c is 1
-        rows[i] = torch.mul(rows[i], contrast_norm(i, num_views), out=out[i])
+        rows[i] = torch.mul(rows[i], math.sqrt(num_views * i / (i + 1)), out=out[i])
     if mean is None:
         shared = torch.sub(shared, shared.sum(-2, keepdim=True), alpha=1 / shared.shape[-2], out=out[0])
     return torch.stack([shared, *rows[1:]]) if buffer is None else buffer
 
 
-def contrast_norm(i: int, num_views: int) -> float:
-    """The weight c_i of a contrast."""
-    return math.sqrt(num_views * i / (i + 1))
-
-
 def gradients_of_views(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """From the gradients of the contrasts (..., N, k) to those of the views; in eager mode in their memory.
-
-    The mean that was subtracted counts as a constant: moments about it are stationary in it.
-    """
+    """From the gradients of the contrasts (..., N, k) to those of the views; in eager mode in their memory."""
     views, out = list(gradients), [None] * len(gradients) if torch.compiler.is_compiling() else gradients
     # A view is added in one contrast and subtracted in all after it: from the last to the first.
     for i in range(len(views) - 1, 0, -1):
-        c = contrast_norm(i, len(views))
+        c = math.sqrt(len(views) * i / (i + 1))
         views[0] = torch.sub(views[0], views[i], alpha=c / i, out=out[0])
         views[i] = torch.add(views[0], views[i], alpha=c + c / i, out=out[i])
     return views
@@ -84,15 +74,13 @@ def side_by_side(views: Sequence[Tensor], means: Sequence[Tensor] | None = None)
     return rows - rows.mean(-2, keepdim=True) if means is None else rows
 
 
-SMALLEST_VARIANCE = 0.75
-"""The power of the smallest normal number below which a variance has lost digits to underflow: 4e-29 in float32."""
-ROUNDINGS = 2
-"""Roundings, in units of the mean, by which the samples of a constant feature may differ once it was computed."""
+SMALLEST_VARIANCE = 0.75  # the power of the smallest number below which a variance has lost digits: 4e-29 in float32
+ROUNDINGS = 2  # in units of the mean, by which the samples of a constant feature may differ once it was computed
 
 
 def inverse_std(variance: Tensor, mean: Tensor | None = None) -> Tensor:
-    """1 / sqrt(variance), or 0 for a constant feature, which so takes no part in loss or gradient: its rounding noise over
-    its tiny deviation would be a gradient larger than all others'.
+    """1 / sqrt(variance), or 0 for a constant feature, which so takes no part in loss or gradient: its rounding noise
+    over its tiny deviation would be a gradient larger than all others'.
 
     Features as they were given are constant only if they are exactly: their variance is that of differences between
     samples. For features that were computed, pass their ``mean`` (or any one sample): rounding is relative to it. An
@@ -106,10 +94,8 @@ def inverse_std(variance: Tensor, mean: Tensor | None = None) -> Tensor:
 
 
 def cholesky(groups: Sequence[Tensor], null_dims: Sequence[int], weights: Weights) -> tuple[Tensor, list[Tensor]]:
-    """Exact log dets, a :data:`LogDet`, by one factorisation each. d log det A = tr(A^-1 dA).
-
-    Where the factorisation fails, the log-determinant is NaN, where a GradScaler looks: checking on the host would
-    synchronise, and both LAPACK and cuSOLVER leave finite numbers.
+    """Exact log dets, a :data:`LogDet`, by one factorisation each. d log det A = tr(A^-1 dA). Where it fails they are
+    NaN, where a GradScaler looks: checking on the host would wait, and both LAPACK and cuSOLVER leave finite numbers.
     """
     log_dets, inverses = [], []
     for matrices in groups:
@@ -154,15 +140,16 @@ class CovarianceLoss(torch.autograd.Function):
         L = 1/2 sum_j w_j log det A_j, averaged over slices,    A_j = I + n n^T * M_j,    n = 1 / (std V sqrt(N noise)),
         M_j = V / V_j sum_{i in j} P_i,    P_i = U_i^T U_i.
 
-    Pooled views have V parts, their contrasts, which are sqrt(V) times orthonormal; j takes V_j of them, and the variance
-    is that of all, sum_i diag(P_i) / (V^2 N). Other views are one part, side by side (V = 1), and A_j is the block of j's.
+    Pooled views have V parts, their contrasts, which are sqrt(V) times orthonormal; j takes V_j of them, and the
+    variance is that of all, sum_i diag(P_i) / (V^2 N). Other views are one part, side by side (V = 1), and A_j a block.
 
     Backward, with F_j = dL/dA_j = w_j A_j^-1 / 2 symmetric:
 
         dP_i = V sum_{j with i} (F_j * n n^T) / V_j  -  diag(n^2 noise sum_j (F_j (A_j - I))_dd),
 
-    the second term through the variances: ds = -s^3 dvar / 2 for s = 1 / std, so dvar_d = -s^2 sum_j (F_j (A_j - I))_dd;
-    dU_i = 2 U_i dP_i; and from parts back to views. The means are constants: moments about them are stationary in them.
+    the second term through the variances: ds = -s^3 dvar / 2 for s = 1 / std, so dvar_d = -s^2 sum_j (F_j (A_j -
+    I))_dd; dU_i = 2 U_i dP_i; and from parts back to views. The means are constants: moments about them are stationary
+    in them.
     """
 
     @staticmethod
@@ -191,8 +178,10 @@ class CovarianceLoss(torch.autograd.Function):
         if shared is not None:
             products, count = shared.reduce(products), shared.samples
         variance = products.diagonal(dim1=-2, dim2=-1).sum(0).div_(parts**2 * count)
-        location = location.select(-2, 0) if is_computed or shared is not None else None
-        n = inverse_std(variance, location).mul_((parts**2 * count * noise) ** -0.5)
+        is_rounded = is_computed or shared is not None
+        n = inverse_std(variance, location.select(-2, 0) if is_rounded else None).mul_(
+            (parts**2 * count * noise) ** -0.5
+        )
         coefficients = []
         for first, last in objective.moments if objective.is_pooled else [(0, 1)]:
             row, degrees = [0.0] * parts, len(range(parts)[first:last])
@@ -207,8 +196,8 @@ class CovarianceLoss(torch.autograd.Function):
             log_dets, factor = _of_blocks(matrices, log_det, objective, [z.shape[-1] for z in views])
         loss = weighted_sum(log_dets, objective.weights)
 
-        # The factors of F_j = w_j A_j^-1 / 2 and of dU_i = 2 U_i dP_i cancel. The loss is the mean over slices; where it
-        # is NaN, so is every gradient.
+        # The factors of F_j = w_j A_j^-1 / 2 and of dU_i = 2 U_i dP_i cancel. The loss is the mean over slices; where
+        # it is NaN, so is every gradient.
         scaled = torch.add(n if slices == 1 else n / slices, loss, alpha=0)
         through_variance = (factor * signal).sum((0, -1)).mul_(scaled).mul_(n).mul_(noise)
         factor.mul_(scaled.unsqueeze(-1) * n.unsqueeze(-2))
@@ -247,9 +236,7 @@ def _combine(matrices: Tensor, coefficients: Sequence[Sequence[float]]) -> Tenso
 
 
 def _of_blocks(matrices: Tensor, log_det: LogDet, objective: Objective, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Log dets (m, S) of the blocks of a joint matrix (1, S, K, K) that the moments take, and the sum of their gradients,
-    each in its place.
-    """
+    """Log dets (m, S) of the blocks of (1, S, K, K) that the moments take; their gradients' sum, each in its place."""
     ranges = [(sum(widths[:first]), sum(widths[:last])) for first, last in objective.moments]
     blocks = [matrices[..., start:stop, start:stop] for start, stop in ranges]
     log_dets, gradients = log_det(blocks, [0] * len(blocks), objective.weights)

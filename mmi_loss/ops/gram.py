@@ -15,8 +15,7 @@ from mmi_loss.objectives import Objective
 from mmi_loss.ops.autograd import closed_form
 from mmi_loss.ops.covariance import LogDet, contrasts, gradients_of_views, inverse_std, side_by_side, weighted_sum
 
-CHUNK = 128
-"""Rows that the CPU works on at a time."""
+CHUNK = 128  # rows that the CPU works on at a time
 
 
 def _is_chunked(x: Tensor) -> bool:
@@ -51,14 +50,14 @@ class _GramLoss(torch.autograd.Function):
 
         A_j = I + K_j V / V_j,    K = R R^T.
 
-    Pooled views: R stacks the V contrasts, K_j is the block of the V_j that the moment takes. Views side by side: K_j is
-    the sum of the Gram matrices of j's views, R restricted to their features. Backward: dR = 2 (sum_j F_j V / V_j, each in
-    its place) R, and through the variance sum u^2 / (V^2 N) over all rows,
+    Pooled views: R stacks the V contrasts, K_j is the block of the V_j that the moment takes. Views side by side: K_j
+    is the sum of the Gram matrices of j's views, R restricted to their features. Backward: dR = 2 (sum_j F_j V / V_j,
+    each in its place) R, and through the variance sum u^2 / (V^2 N) over all rows,
 
         dU = n (dR - R t noise),    t = sum_rows dR R.
 
-    The mean enters the shared contrast alone, whose gradient is therefore centred. (It is already but for rounding, which
-    is the largest error where the mean is far larger than the deviation.)
+    The mean enters the shared contrast alone, whose gradient is therefore centred. (It is already but for rounding,
+    which is the largest error where the mean is far larger than the deviation.)
     """
 
     @staticmethod
@@ -125,8 +124,8 @@ class _GramLoss(torch.autograd.Function):
 def gram_loss(
     objective: Objective, noise: float | Tensor, log_det: LogDet, views: Sequence[Tensor], is_computed: bool
 ) -> tuple[Tensor, Tensor]:
-    """Loss (a scalar, in nats) and the constant log-determinants (m, S) it is made of, of views (N, k), or (S, N, k): then
-    the mean over slices, one after another. Arguments as for :class:`mmi_loss.ops.covariance.CovarianceLoss`.
+    """Loss (a scalar, in nats) and the constant log-determinants (m, S) it is made of, of views (N, k), or (S, N, k):
+    then the mean over slices, one after another. Arguments as for :class:`mmi_loss.ops.covariance.CovarianceLoss`.
     """
     slices = [views] if views[0].ndim == 2 else zip(*views, strict=True)
     losses, log_dets = zip(*[_GramLoss.apply(objective, noise, log_det, is_computed, *z) for z in slices], strict=True)

@@ -19,11 +19,9 @@ class Series:
         f_j = n_j log c + sum_{m=1}^{p} (-1)^{m+1}/m tr X_j^m,    c = max_j t_j^{1/4} / beta,    t_j = tr A_j^4.
 
     (The paper's eq. 10 names a fourth-order approximation and a rescaling with a parameter beta; the scale is our
-    reading.) The norm is at least the largest eigenvalue and at most n^{1/4} times that, so every eigenvalue of A/c
-    lies in (0, beta]; the series about 1 converges in (0, 2).
-
-    Why the scale is common: in mutual information, sum_j w_j log det A_j, the dimensions add up to zero, so n_j log c
-    cancels. With a scale for each matrix it does not, and the largest log det is that of a collapsed code.
+    reading.) The norm is at least the largest eigenvalue, so every eigenvalue of A/c lies in (0, beta]; the series
+    about 1 converges in (0, 2). The scale is common because in sum_j w_j log det A_j the dimensions add up to zero, so
+    n_j log c cancels; with a scale for each matrix it does not, and the largest log det is that of a collapsed code.
 
     The derivatives use P(X) = sum_{i<p} (-X)^i, the truncated series of (I + X)^-1, and r_j = tr (-X_j)^p:
 
@@ -84,7 +82,7 @@ def _fourth_power_norms(squares: Sequence[Tensor], null_dims: Sequence[int]) -> 
 
 
 def _traces(x: Tensor, x_square: Tensor, order: int) -> list[Tensor]:
-    """tr X^m for m from 1 to the order. tr X^{i+j} = <X^i, X^j>, so powers up to half of it suffice."""
+    """Traces of X^m for m from 1 to the order. tr X^{i+j} = <X^i, X^j>, so powers up to half of it suffice."""
     powers = [x, x_square]
     while 2 * len(powers) < order:
         powers.append(powers[-1] @ x)

@@ -17,17 +17,9 @@ from torch import Tensor
 
 from mmi_loss.ops.autograd import closed_form
 
-MIXTURES = 4
-"""Random mixtures of feature blocks in a Kronecker slice. 2, 4, 8 and 16 learn alike within what seeds differ: scores
-of .63, .65, .64, .64 on digits at D = 512, two or three seeds. Half of them are half the products of the projection.
-"""
-
-
-def block_of(slice_dim: int, slice_kind: str) -> int:
-    """Neighbouring features that a projection leaves together, see :func:`mixing_matrix`; 0: it takes coordinates."""
-    if slice_kind == "kronecker":
-        return max(1, slice_dim // MIXTURES)
-    return 1 if slice_kind == "gaussian" else 0
+MIXTURES = (
+    4  # random mixtures of feature blocks in a Kronecker slice: half of them are half the products (docs/defaults.md)
+)
 
 
 def slice_views(
@@ -41,10 +33,8 @@ def slice_views(
 ) -> list[Tensor]:
     """The step's slices (S, N, k) of views (N, D), by the same random numbers for all, in ``dtype``.
 
-    ``block_dim`` is :func:`block_of` the kind of slice.
-
-    A view of no more than ``slice_dim`` features is taken whole. Views of other widths, two towers', get slices of their
-    own.
+    A view of no more than ``slice_dim`` features is taken whole; views of different widths get slices of their own.
+    ``block_dim`` neighbouring features stay together in a projection (:func:`mixing_matrix`); 0 takes coordinates.
     """
     dim = views[0].shape[1]
     for z in views:
@@ -107,19 +97,6 @@ def random_coordinates(dim: int, slice_dim: int, num_slices: int, step: Tensor, 
     return torch.topk(ranks, slice_dim, dim=1, sorted=False).indices.sort(dim=1).values
 
 
-def gaussian_matrix(rows: int, columns: int, step: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
-    """A (rows, columns) matrix of standard normal entries (Box-Muller on two hash streams)."""
-    half = (columns + 1) // 2
-    counter = torch.arange(rows * half, dtype=torch.int32, device=step.device).view(rows, half)
-    # 24 bits fill a float32 mantissa, so the numbers are the same for every dtype and device; +0.5 avoids log(0).
-    uniform = [
-        ((_mix(counter + key(step, seed, s)) >> 8) & 0xFFFFFF).to(dtype).add_(0.5).mul_(2.0**-24) for s in (0, 1)
-    ]
-    radius = uniform[0].log_().mul_(-2.0).sqrt_()
-    angle = uniform[1].mul_(2.0 * math.pi)
-    return torch.cat([radius * angle.cos(), radius * angle.sin_()], dim=1)[:, :columns]
-
-
 class _Project(torch.autograd.Function):
     """Y_n = A Z_n with Z_n the features of sample n as a (blocks, block_dim) matrix; dZ_n = A^T dY_n."""
 
@@ -160,7 +137,7 @@ class _Project(torch.autograd.Function):
                 grad_z = grad.transpose(0, 1).reshape(n, rows) @ mixing
             else:
                 grad_rows = grad.transpose(0, 1).reshape(n, rows, ctx.block_dim)
-                grad_z = torch.bmm(mixing.mT.expand(n, -1, -1), grad_rows).view(n, -1)[:, : ctx.dim]
+                grad_z = torch.bmm(mixing.mT.expand(n, -1, -1), grad_rows).view(n, blocks * ctx.block_dim)[:, : ctx.dim]
             grad_views[view] = grad_z.to(dtype)
         return None, None, None, None, *grad_views
 
@@ -175,8 +152,13 @@ def mixing_matrix(
     products, and the square of it fewer random numbers, and still every feature is read and gets a gradient. Mixtures
     have uniform weights: the loss does not see their scale, their sums are near Gaussian, and they cost a third.
     """
-    rows, blocks = num_slices * -(-slice_dim // block_dim), -(-dim // block_dim)
-    if block_dim == 1:
-        return gaussian_matrix(rows, blocks, step, seed, dtype)
-    counter = torch.arange(rows * blocks, dtype=torch.int32, device=step.device)
-    return _mix(counter + key(step, seed, 0)).to(dtype).mul_(2.0**-31).view(rows, blocks)
+    rows, columns = num_slices * -(-slice_dim // block_dim), -(-dim // block_dim)
+    half = (columns + 1) // 2 if block_dim == 1 else columns
+    counter = torch.arange(rows * half, dtype=torch.int32, device=step.device).view(rows, half)
+    if block_dim > 1:
+        return _mix(counter + key(step, seed, 0)).to(dtype).mul_(2.0**-31)
+    # Box-Muller. 24 bits fill a float32 mantissa, so the numbers are the same for every dtype; + 0.5 avoids log(0).
+    bits = [(_mix(counter + key(step, seed, stream)) >> 8) & 0xFFFFFF for stream in (0, 1)]
+    radius = bits[0].to(dtype).add_(0.5).mul_(2.0**-24).log_().mul_(-2.0).sqrt_()
+    angle = bits[1].to(dtype).add_(0.5).mul_(2.0**-24).mul_(2.0 * math.pi)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :columns]

@@ -11,20 +11,22 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mmi_loss.ops.slices import MIXTURES, _wrap
 
+if TYPE_CHECKING:
+    from mmi_loss.options import Options
+
 MAX_SLICE_DIM = 128
 """Rows of the largest matrix that one program holds in registers."""
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def refusal(
-    views: Sequence[Tensor], objective: str, logdet: str, slice_dim: int | None, slice_kind: str, gather: bool
-) -> str | None:
+def refusal(views: Sequence[Tensor], options: Options, gathers: bool) -> str | None:
     """Why the kernels cannot compute this loss, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install triton)"
@@ -41,12 +43,13 @@ def refusal(
     unsupported = [z.dtype for z in views if z.dtype not in _DTYPES]
     if unsupported:
         return f"an input is {unsupported[0]}"
-    if objective != "content":
-        return f"objective={objective!r} is not 'content'"
-    if logdet != "cholesky":
-        return f"logdet={logdet!r} is not 'cholesky'"
-    if gather:
+    if options.objective != "content":
+        return f"objective={options.objective!r} is not 'content'"
+    if options.logdet != "cholesky":
+        return f"logdet={options.logdet!r} is not 'cholesky'"
+    if gathers:
         return "gather_distributed=True reduces statistics between ranks"
+    slice_dim, slice_kind = options.slice_dim, options.slice_kind
     if slice_dim is not None and slice_dim < dim:
         if slice_kind != "kronecker":
             return f"slice_kind={slice_kind!r} is not 'kronecker'"
@@ -56,23 +59,19 @@ def refusal(
     return None
 
 
-def content_loss(
-    z_a: Tensor, z_b: Tensor, step: Tensor, seed: int,
-    slice_dim: int | None, num_slices: int, block_dim: int, ridge: float, weights: Sequence[float],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def content_loss(z_a: Tensor, z_b: Tensor, step: Tensor, options: Options, ridge: float) -> tuple[Tensor, Tensor]:
     """The loss () of two views (N, D), in nats, and the constant log dets (2, S) it is made of, float32.
 
-    ``step``, int64 () on the device of the views, and ``seed`` determine the slices, which leave ``block_dim``
-    neighbouring features together; ``slice_dim=None`` takes all features, whatever the others say. ``weights`` are
-    those of the log dets, of total and within moments, in twice the loss.
+    ``step`` is int64 () on the device of the views, ``ridge`` the noise floor under the features of a determinant.
     """
     from mmi_loss.ops.triton import operators
 
-    if slice_dim is None:
+    slice_dim, num_slices, block_dim = options.slice_dim, options.num_slices, options.block_dim
+    if slice_dim is None or slice_dim >= z_a.shape[1]:
         slice_dim, num_slices, block_dim = z_a.shape[1], 1, 0
     # What the seed adds to the random stream's key: see mmi_loss.ops.slices.
-    seed_keys = [_wrap(seed * 0x9E3779B9), _wrap((seed >> 32) * 0xC2B2AE35)]
-    coefficients = [weight / (2 * num_slices) for weight in weights]
+    seed_keys = [_wrap(options.seed * 0x9E3779B9), _wrap((options.seed >> 32) * 0xC2B2AE35)]
+    coefficients = [weight / (2 * num_slices) for weight in options.row.weights]
     loss, log_dets, *_ = operators.content_loss(
         z_a, z_b, step, seed_keys, slice_dim, num_slices, block_dim, ridge, coefficients
     )

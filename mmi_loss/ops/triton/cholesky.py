@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmi_loss.ops import standardise
+from mmi_loss.ops import covariance
 
 Numbers = Sequence[float]
 
 
 def factorise_moments(moments: Tensor, ridge: float, coefficients: Numbers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss (), log dets (2, 1), gradient matrices (2, 1, D, D) and diagonals (2, 1, D) of moments (2, 1, D, D)."""
-    inverse_std = standardise.inverse_std(moments[0, 0].diagonal())
+    inverse_std = covariance.inverse_std(moments[0, 0].diagonal())
     row, column = inverse_std[:, None], inverse_std / ridge
     matrices = moments[:, 0] * row * column
     loss, log_dets, inverses = _factorise(list(matrices), coefficients)

@@ -60,7 +60,7 @@ def _sweep_block(block, BLOCK_B: tl.constexpr):
 
 @triton.jit
 def _inverse_std(variance, location, resolution, smallest):
-    """The rule of :func:`mmi_loss.ops.standardise.inverse_std`."""
+    """The rule of :func:`mmi_loss.ops.covariance.inverse_std`."""
     rounding = location * resolution
     return tl.where(variance <= rounding * rounding + smallest, 0.0, tl.sqrt(variance) / variance)
 

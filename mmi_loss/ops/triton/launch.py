@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mmi_loss.ops import standardise
+from mmi_loss.ops import covariance
 from mmi_loss.ops.triton import MAX_SLICE_DIM
 from mmi_loss.ops.triton.factor import _factor_kernel
 from mmi_loss.ops.triton.gram import _gram_backward_kernel, _gram_kernel, _statistics_kernel
@@ -20,8 +20,8 @@ from mmi_loss.ops.triton.moments import _column_sums_kernel, _moments_backward_k
 from mmi_loss.ops.triton.projection import _project_backward_kernel, _project_kernel
 
 PROGRAMS = 256  # fill a large GPU about twice
-SMALLEST_VARIANCE = standardise.smallest_variance(torch.float32)
-RELATIVE_RESOLUTION = standardise.relative_resolution(torch.float32)
+SMALLEST_VARIANCE = torch.finfo(torch.float32).tiny ** covariance.SMALLEST_VARIANCE
+RELATIVE_RESOLUTION = covariance.ROUNDINGS * torch.finfo(torch.float32).eps
 Gradients = Sequence[Tensor | None]
 
 
@@ -69,15 +69,16 @@ def project_backward_kernel(grad: Tensor, state: Tensor, outs: Gradients, block_
     """The gradient (2, S, N, k) of both views' slices to those of the views, in ``outs`` (N, D)."""
     _, num_slices, n, slice_dim = grad.shape
     views = [out for out in outs if out is not None]
-    dim, rows = views[0].shape[1], num_slices * triton.cdiv(slice_dim, block_dim)
-    block_c = triton.next_power_of_2(block_dim)
-    block_n, block_b = max(1, 64 // block_c), 32
+    dim, block_r = views[0].shape[1], _power(num_slices * triton.cdiv(slice_dim, block_dim), 16, 32)
+    block_c, block_b = triton.next_power_of_2(block_dim), 32
+    block_n = max(1, 64 // block_c)
     columns, tiles = triton.cdiv(triton.cdiv(dim, block_dim), block_b), triton.cdiv(n, block_n)
     # The mixtures are drawn once per program: as many samples each as leave enough programs.
     per_program = max(1, tiles * columns * len(views) // (4 * PROGRAMS))
     _project_backward_kernel[(columns, triton.cdiv(tiles, per_program), len(views))](
         grad, state, *outs, n, dim, slice_dim, num_slices, per_program,
-        C=block_dim, BLOCK_N=block_n, BLOCK_B=block_b, BLOCK_C=block_c, BLOCK_R=_power(rows, 8, 32), num_warps=4,
+        C=block_dim, BLOCK_N=block_n, BLOCK_B=block_b, BLOCK_C=block_c, num_warps=4,
+        BLOCK_R=block_r,  # 16 at least: what Triton 3.6 sums over in a product
     )  # fmt: skip
 
 

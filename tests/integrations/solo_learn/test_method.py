@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+
 from mmi_loss.options import DEFAULTS
 
 
