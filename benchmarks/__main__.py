@@ -10,6 +10,7 @@ COMMANDS = {
     "compare": "methods x widths x batch sizes x seeds on three embedded tasks, in hours",
     "ablate": "what every choice in the loss is worth, one exchanged at a time, in an hour",
     "speed": "time and memory against every rival, to the floor",
+    "speed_cuda": "the kernels on a GPU: checked against float64, then timed beside every rival; --dry-run without one",
     "step": "the loss's share of a training step: backbone, projector, loss, optimiser",
     "gauntlet": "half precision, dead features, NaN, resumes: ours and its rivals against their own definitions",
     "distributed": "gradient errors under DDP and bytes sent, in real processes",

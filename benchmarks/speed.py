@@ -82,11 +82,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """Measure, append to the CSV, print the tables, draw the pictures."""
     options = parse(arguments)
-    if options.device == "cuda":
-        from benchmarks import speed_cuda
-
-        options.parsed_shapes = [_shape(text) for text in options.shapes or []]
-        return speed_cuda.main(options)
     warnings.filterwarnings("ignore", message=".*(objective=|lr_scheduler).*")
     out = options.out or environment.RESULTS / f"speed-{options.device}.csv"
     shapes = [_shape(text) for text in options.shapes] if options.shapes else SHAPES

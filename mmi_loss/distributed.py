@@ -46,9 +46,15 @@ _agreed: set[tuple[str, int, int]] = set()
 
 
 def share(
-    views: Sequence[Tensor], widths: Sequence[int], options: int, step: Tensor, group: ProcessGroup | None, waits: bool
-) -> tuple[Shared, list[int]]:
-    """What ranks share of their views (..., N, k), without gradient; and, if it ``waits``, the samples of every rank.
+    views: Sequence[Tensor],
+    widths: Sequence[int],
+    options: int,
+    step: Tensor,
+    group: ProcessGroup | None,
+    few: float | None,
+) -> tuple[Shared | None, list[int]]:
+    """What ranks share of their views (..., N, k), without gradient. And, unless ``few`` is None, the samples of every
+    rank, for which it waits: in steps of fewer on all ranks the caller takes the rows, and nothing more is shared.
 
     It is one reduction, and another if the sums do not fit into :data:`HEAD`. With them travel the bits of what must be
     the same on all ranks, or they compute different losses: the fingerprint of the options, that of the call (how many
@@ -66,24 +72,26 @@ def share(
     shifts, like = torch.arange(64, device=device), sums[0].new_empty(())
     bits = torch.cat([(options >> shifts[:32]) & 1, (call >> shifts[:32]) & 1, (step >> shifts) & 1]).to(like)
     counts = like.new_full((), views[0].shape[-2]) * (torch.arange(world, device=device) == dist.get_rank(group))
-    sent, room = [bits, counts, *(x.flatten() for x in sums)], (HEAD + 8 * world) // like.itemsize
+    sent, room = [bits, counts, *(x.flatten() for x in sums)], max(HEAD, 16 * world) // like.itemsize
     lengths = [len(x) for x in sent]
     is_one = sum(lengths) <= room
     head = torch.cat(sent if is_one else sent[:2])
     head = sum_constant(F.pad(head, (0, room - len(head))), group)
     set_bits, counts, rest = head.split([*lengths[:2], room - sum(lengths[:2])])
     disagree, known = (set_bits != 0) & (set_bits != world), (group.group_name if group else "", options, call)
-    if not torch.compiler.is_compiling() and (waits or device.type in HOSTS or known not in _agreed):
+    if not torch.compiler.is_compiling() and (few is not None or device.type in HOSTS or known not in _agreed):
         if bool(disagree.any()):
             _raise_disagreement(*(bool(part.any()) for part in disagree.split([32, 32, 64])))
         if device.type not in HOSTS:
             _agreed.add(known)
-    sizes = [int(size) for size in counts.tolist()] if waits else []
-    if waits and sum(sizes) < 2:
+    sizes = [] if few is None else [int(size) for size in counts.tolist()]
+    if few is not None and sum(sizes) < 2:
         raise ValueError(
             f"z_a must hold at least 2 samples on all ranks together, got {sizes} on ranks 0 to {len(sizes) - 1}; "
             "drop the last incomplete batch (drop_last=True)"
         )
+    if few is not None and sum(sizes) < few:
+        return None, sizes
     count = counts.sum()
     count = count.masked_fill((count < 2) | disagree.any(), float("nan"))
     totals = rest[: sum(lengths[2:])] if is_one else sum_constant(torch.cat(sent[2:]), group)

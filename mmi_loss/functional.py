@@ -7,6 +7,7 @@ variance: the mutual information of views observed through isotropic noise of th
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from itertools import combinations, repeat
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["MMIComponents", "Options", "mmi_loss", "mmi_loss_multiview", "mutual_information"]
 
 AUTO_TRITON = False  # whether impl="auto" takes the kernels on CUDA: not before benchmarks/speed_cuda.py has run there
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -50,12 +52,9 @@ class MMIComponents(NamedTuple):
 
 @shows_options
 def mmi_loss(
-    z_a: Tensor | Sequence[Tensor],
-    z_b: Tensor | None = None,
-    *,
-    step: int | Tensor = 0,
-    **options: Unpack[OptionTypes],
-) -> Tensor:
+    z_a: Tensor | Sequence[Tensor], z_b: Tensor | None = None,
+    *, step: int | Tensor = 0, **options: Unpack[OptionTypes],
+) -> Tensor:  # fmt: skip
     """Negative mutual information of views, in nats: the stateless form of :class:`mmi_loss.MMILoss`.
 
     It takes two views (N, D), or a sequence of V >= 2 of them; the module's options by keyword; and the ``step`` that,
@@ -105,7 +104,7 @@ def noise_floor(options: Options, dim: int, samples: int | Tensor, dtype: torch.
     It also bounds the exact loss: log(1 + x) <= x, so that half of log det(I + M / noise) is at most half of
     tr M / noise, ``snr / 2`` nats, for every width and slice: more than any data set holds (images drawn from a million
     are told apart by 14), and little enough that chance cannot fill it: unrelated Gaussian views of 512 features show,
-    on the default slice, 2.2 nats in 64 samples, 0.8 in 256 and 0.2 in 1024; at a ridge of 0.01, 77, 10 and 2.
+    on the default slice, 2.2 nats in 64 samples and 0.7 in 256; at a ridge of 0.01, 78 and 10.
 
     ``samples`` in a tensor, as counted over all ranks, gives a tensor: reading it would wait for the device.
     """
@@ -136,9 +135,9 @@ def _estimate(views: Sequence[Tensor], step: int | Tensor, options: Options) -> 
         is_well_formed &= z.device == views[0].device and z.layout == torch.strided
         dtype = z.dtype if z.dtype == torch.float64 else dtype
     gathers = options.gathers and distributed.is_active(options.process_group)
-    if not is_well_formed or len(views[0]) < 2 or not views[0].shape[1]:
+    if not is_well_formed or views[0].shape[0] < 2 or not views[0].shape[1]:
         checks.explain(views, not options.row.is_pooled, gathers)
-        dtype = torch.promote_types(torch.float32, torch.promote_types(views[0].dtype, views[-1].dtype))
+        dtype = functools.reduce(torch.promote_types, [z.dtype for z in views], torch.float32)
     if type(step) is not Tensor or step.dtype != torch.int64 or step.ndim:
         checks.check_step(step)
         step = torch.as_tensor(step, dtype=torch.int64, device=views[0].device).reshape(())
@@ -147,11 +146,12 @@ def _estimate(views: Sequence[Tensor], step: int | Tensor, options: Options) -> 
         # Second moments and determinants of half precision numbers overflow or lose the signal.
         with torch.autocast(device, enabled=False):
             return _estimate(views, step, options)
-    if options.impl == "reference" or torch._C._are_functorch_transforms_active():
-        # Under torch.func's transforms, which closed forms do not know, torch differentiates the plain form.
+    is_plain = options.impl != "triton" and (torch._C._are_functorch_transforms_active() or _is_exporting())
+    if options.impl == "reference" or is_plain:
+        # torch.func's transforms do not know closed forms, and torch.export loses them: torch differentiates the plain.
         if gathers:
             views, group, widths = [z.to(dtype) for z in views], options.process_group, [z.shape[1] for z in views]
-            _, sizes = distributed.share(views, widths, options.fingerprint, step, group, waits=True)
+            _, sizes = distributed.share(views, widths, options.fingerprint, step, group, few=math.inf)
             views = [distributed.Concatenate.apply(z, sizes, group) for z in views]
         return _Estimate(*reference.loss(views, step, options))
     if options.impl == "triton" or (AUTO_TRITON and options.impl == "auto" and device == "cuda"):
@@ -186,9 +186,10 @@ def _eager_estimate(
 
     # In a traced graph the number of samples is a symbol, which a tensor hides from what must be a number there.
     count = shared.samples if shared else views[0].new_full((), samples) if is_traced else samples
-    widths, noises, estimates = [], [], []
+    widths: list[int] = []
+    noises, estimates = [], []
     for z in views:
-        if z.shape[-1] not in widths:
+        if not widths or z.shape[-1] != widths[-1]:
             noise = noise_floor(options, z.shape[-1], count, dtype)
         widths.append(z.shape[-1])
         noises.append(noise)
@@ -219,13 +220,15 @@ def _gather(
     """Views (S, N, k) or (N, D) and what the ranks share of them, or for the Gram route the rows of all ranks; and the
     number of samples, guessed where counting would wait. ``widths`` are those before slicing.
     """
-    waits = not (is_sliced or torch.compiler.is_compiling())  # a graph cannot choose its route by what it counts
-    shared, sizes = distributed.share(views, widths, options.fingerprint, step, options.process_group, waits)
-    if not waits:
-        return views, shared, views[0].shape[-2] * distributed.world_size(options.process_group)
-    columns = widths[0] if options.row.is_pooled else widths[0] + widths[-1]
-    if (2 if options.row.is_pairwise else len(views)) * sum(sizes) < columns:
-        return [distributed.Concatenate.apply(z, sizes, options.process_group) for z in views], None, sum(sizes)
+    group, few = options.process_group, None
+    if not (is_sliced or torch.compiler.is_compiling()):  # a graph cannot choose its route by what it counts
+        columns = widths[0] if options.row.is_pooled else widths[0] + widths[-1]
+        few = columns / (2 if options.row.is_pairwise else len(views))
+    shared, sizes = distributed.share(views, widths, options.fingerprint, step, group, few)
+    if few is None:
+        return views, shared, views[0].shape[-2] * distributed.world_size(group)
+    if shared is None:
+        views = [distributed.Concatenate.apply(z, sizes, group) for z in views]
     return views, shared, sum(sizes)
 
 

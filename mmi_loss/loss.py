@@ -27,8 +27,8 @@ class MMILoss(nn.Module):
     .. math:: L = -\tfrac12 \log\det(C + r) + \tfrac12 \log\det(W + r), \qquad r = k / \min(\text{snr}, N)
 
     on a fresh random slice of k = ``slice_dim`` features each step. It is the mutual information between a view and the
-    content both views share, seen through noise of variance r (our addition to the paper; see ``objective``), and
-    minus half the logarithm of a Wilks' lambda with that noise, images as groups.
+    content both views share, seen through noise of variance r (our addition to the paper), and L half the logarithm of
+    a Wilks' lambda of mean squares with that noise, images as groups.
 
     Args:
         objective: ``"content"``: I(Z; content), for views of one image by one network. ``"exchangeable"``: I(Z; Z') of
@@ -95,13 +95,9 @@ class MMILoss(nn.Module):
         return cls(**paper)
 
     def forward(
-        self,
-        z_a: Tensor | Sequence[Tensor] | None = None,
-        z_b: Tensor | None = None,
-        *,
-        local_proj: Tensor | None = None,
-        global_proj: Tensor | None = None,
-    ) -> Tensor:
+        self, z_a: Tensor | Sequence[Tensor] | None = None, z_b: Tensor | None = None,
+        *, local_proj: Tensor | None = None, global_proj: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The loss of two views ``(z_a, z_b)``, (N, D) each; of a list of V views or a stacked (V, N, D) tensor as
         ``z_a`` alone; or of multi-crop's ``local_proj=`` and ``global_proj=``, (V, N, D) each, all of whose views count
         alike.
@@ -134,13 +130,13 @@ class MMILoss(nn.Module):
         itself, which then counts the call; or another tensor, if the call is one that was made before: activation
         checkpointing runs the forward again, from within the backward, the last call first.
         """
-        is_pair = isinstance(z_a, Tensor) and isinstance(z_b, Tensor)
+        is_pair = isinstance(z_a, Tensor) and isinstance(z_b, Tensor) and local_proj is None and global_proj is None
         views = (z_a, z_b) if is_pair else views_of_call(z_a, z_b, local_proj, global_proj)
         if torch.compiler.is_compiling():  # which can ask none of the following
             return views, self.step
         if self.step.is_inference() and not torch.is_inference_mode_enabled():
             self.step = self.step.clone()  # made or moved in inference mode it could not change outside it
-        if isinstance(views[0], Tensor) and self.step.device != views[0].device:
+        if views and isinstance(views[0], Tensor) and self.step.device != views[0].device:
             self.step = self.step.to(views[0].device)
         backward = torch._C._current_graph_task_id()
         if backward == -1 or not self.training:
@@ -163,6 +159,6 @@ class MMILoss(nn.Module):
             destination._metadata[prefix[:-1]]["step"] = int(self.step)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        step = state_dict.pop(prefix + "step", local_metadata.get("step"))  # a tensor of its own, in older checkpoints
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        if "step" in local_metadata:
-            self.step = torch.full_like(self.step, local_metadata["step"])
+        self.step = self.step if step is None else torch.full_like(self.step, int(step))

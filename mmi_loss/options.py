@@ -19,40 +19,23 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class OptionTypes(TypedDict, total=False):
-    """Name and type of every option; :class:`mmi_loss.MMILoss` says what they mean."""
-
-    objective: str
-    slice_dim: int | None
-    num_slices: int
-    seed: int
-    snr: float | None
-    ridge: float | None
-    logdet: str
-    order: int
-    beta: float
-    gather_distributed: bool
-    process_group: ProcessGroup | None
-    impl: str
-    slice_kind: str
-
-
-# docs/defaults.md has what was tried in their place.
+OptionTypes = TypedDict(
+    "OptionTypes",
+    {
+        "objective": str, "logdet": str, "slice_kind": str, "impl": str,
+        "slice_dim": "int | None", "num_slices": int, "seed": int, "snr": "float | None", "ridge": "float | None",
+        "order": int, "beta": float, "gather_distributed": bool, "process_group": "ProcessGroup | None",
+    },
+    total=False,
+)  # fmt: skip
+"""Name and type of every option; :class:`mmi_loss.MMILoss` says what they mean, docs/defaults.md why the defaults."""
 DEFAULTS: OptionTypes = {
-    "objective": "content",
-    "slice_dim": 128,  # the cost of a determinant grows with its cube
-    "num_slices": 1,
-    "seed": 0,
-    "snr": None,  # DEFAULT_SNR, unless a ridge is given
-    "ridge": None,
-    "logdet": "cholesky",
-    "order": 4,  # the paper's
-    "beta": 1.0,  # the largest at which the series is a lower bound for every objective and order
-    "gather_distributed": False,
-    "process_group": None,
-    "impl": "auto",
-    "slice_kind": "kronecker",
-}
+    "objective": "content", "logdet": "cholesky", "slice_kind": "kronecker", "impl": "auto",
+    "slice_dim": 128, "num_slices": 1, "seed": 0,
+    "snr": None, "ridge": None,  # DEFAULT_SNR, unless a ridge is given
+    "order": 4, "beta": 1.0,  # the paper's order; the largest scale at which every series is a lower bound
+    "gather_distributed": False, "process_group": None,
+}  # fmt: skip
 DEFAULT_SNR = 64.0
 LOGDETS = ("cholesky", "taylor")
 SLICE_KINDS = ("kronecker", "gaussian", "coordinates")
@@ -117,7 +100,6 @@ def _validate(given: dict[str, Any]) -> None:
     for name, known in {"objective": OBJECTIVES, "logdet": LOGDETS, "slice_kind": SLICE_KINDS, "impl": IMPLS}.items():
         if given[name] not in known:
             raise ValueError(f"{name}={given[name]!r} is not one of {', '.join(map(repr, known))}")
-    value: Any
     for name in ("seed", "slice_dim", "num_slices", "order"):
         value = given[name] if name != "slice_dim" or given[name] is not None else 1
         if isinstance(value, bool) or not isinstance(value, int):
@@ -134,10 +116,11 @@ def _validate(given: dict[str, Any]) -> None:
         value = given[name]
         if isinstance(value, bool) or not (value is None or isinstance(value, numbers.Real)):
             raise TypeError(f"{name} must be a number, got {value!r}")
-        if name != "beta" and value is not None and not (value > 0 and math.isfinite(value)):
+        if name != "beta" and value is not None and not 0 < float(value) < math.inf:
             raise ValueError(f"{name} must be a positive number, got {value}")
-    if given["beta"] is None or not 0 < given["beta"] < 2:
-        raise ValueError(f"beta must lie in (0, 2), where the series of the logarithm converges, got {given['beta']}")
+    value = given["beta"]
+    if value is None or not 0 < float(value) < 2:
+        raise ValueError(f"beta must lie in (0, 2), where the series of the logarithm converges, got {value}")
     snr, ridge, group = given["snr"], given["ridge"], given["process_group"]
     if snr is not None and ridge is not None:
         raise ValueError(f"snr={snr} and ridge={ridge} set the same noise floor: give only one of them")
@@ -153,9 +136,9 @@ def shows_options(function: Call) -> Call:
     """Lists the options in the signature of a function of ``**options``: for ``help`` and other readers of it."""
     signature = inspect.signature(function)
     fixed = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    kinds = OptionTypes.__annotations__
+    kinds = {name: getattr(kind, "__forward_arg__", kind) for name, kind in OptionTypes.__annotations__.items()}
     options = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kinds[name].__forward_arg__)
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kinds[name])
         for name, default in DEFAULTS.items()
     ]
     function.__signature__ = signature.replace(parameters=[*fixed, *options])  # type: ignore[attr-defined]

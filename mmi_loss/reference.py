@@ -6,6 +6,7 @@ log-determinants by LU, and no backward of its own, so that it has derivatives o
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -22,22 +23,29 @@ def loss(
     views: Sequence[Tensor], step: int | Tensor, options: Options
 ) -> tuple[Tensor, Tensor, list[int], list[float]]:
     """The loss of views (N, D), its log-determinants (m, S), and of each view its features in them and their noise."""
-    dtype = torch.promote_types(torch.float32, torch.promote_types(views[0].dtype, views[-1].dtype))
-    slices = [_slices(z.to(dtype), int(step), options) for z in views]
+    dtype = functools.reduce(torch.promote_types, [z.dtype for z in views], torch.float32)
+    slices = [_slices(z.to(dtype), torch.as_tensor(step, device="cpu"), options) for z in views]
     # NaN everywhere if an input that no slice holds is not finite.
     poison = torch.stack([z.to(dtype).sum() * 0 for z in views]).sum()
     slices = [z.expand(max(map(len, slices)), -1, -1) + poison for z in slices]
-    noises = [options.ridge or z.shape[2] / min(options.snr, z.shape[1]) for z in slices]
-    noises = [max(noise, 8 * z.shape[2] * torch.finfo(dtype).eps) for noise, z in zip(noises, slices, strict=True)]
+    # In an exported program the number of samples is a symbol.
+    noises = [options.ridge or z.shape[2] / torch.sym_min(options.snr, z.shape[1]) for z in slices]
+    least = [8 * z.shape[2] * torch.finfo(dtype).eps for z in slices]
+    noises = list(map(torch.sym_max, noises, least))
     groups = list(itertools.combinations(range(len(views)), 2)) if options.row.is_pairwise else [range(len(views))]
-    estimates = [_log_dets([slices[i] for i in group], [noises[i] for i in group], options) for group in groups]
+    # Features that were projected differ by rounding where they are constant; given ones do not.
+    is_sliced = options.slice_dim is not None and options.slice_dim < max(z.shape[1] for z in views)
+    is_computed = is_sliced and options.slice_kind != "coordinates"
+    estimates = [
+        _log_dets([slices[i] for i in group], [noises[i] for i in group], is_computed, options) for group in groups
+    ]
     log_dets = torch.stack(estimates).mean(0)
     weights = torch.tensor(options.row.conditional_entropy) - torch.tensor(options.row.entropy_a)
     value = (weights.to(log_dets) @ log_dets).mean() / 2
     return value, log_dets.detach(), [z.shape[2] for z in slices], noises
 
 
-def _slices(z: Tensor, step: int, options: Options) -> Tensor:
+def _slices(z: Tensor, step: Tensor, options: Options) -> Tensor:
     """(N, D) to the step's slices (S, N, k), by matrices P (S, D, k): coordinates, dense, or block-structured."""
     (dim, k, count), seed = (z.shape[1], options.slice_dim, options.num_slices), options.seed
     if k is None or k >= dim:
@@ -62,10 +70,10 @@ def _slices(z: Tensor, step: int, options: Options) -> Tensor:
     return z @ torch.stack(matrices).to(z)
 
 
-def _key(step: int, seed: int, stream: int) -> int:
-    low = _scramble(torch.tensor((step + seed * 0x9E3779B9) % 2**32))
-    high = (step >> 31) * 0x85EBCA6B + (seed >> 32) * 0xC2B2AE35 + stream * 0x27D4EB2F
-    return int(_scramble(low + high % 2**32))
+def _key(step: Tensor, seed: int, stream: int) -> Tensor:
+    low = _scramble(step % 2**32 + seed * 0x9E3779B9 % 2**32)
+    high = (step >> 31) * 0x85EBCA6B + ((seed >> 32) * 0xC2B2AE35 + stream * 0x27D4EB2F) % 2**32
+    return _scramble(low + high)
 
 
 def _scramble(x: Tensor) -> Tensor:
@@ -76,16 +84,13 @@ def _scramble(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def _log_dets(views: list[Tensor], noises: list[float], options: Options) -> Tensor:
+def _log_dets(views: list[Tensor], noises: list[float], is_computed: bool, options: Options) -> Tensor:
     """Log det(I + M_j / noise) of every moment of the objective, (m, S), from views (S, N, k)."""
     row, origins = options.row, [z[:, :1].detach() for z in views]
-    # Features that were projected differ by rounding where they are constant; given ones do not.
-    is_computed = options.slice_dim is not None and options.slice_kind != "coordinates"
     if row.is_pooled:
         pooled = _standardise(torch.cat(views, 1), origins[0], is_computed) / noises[0] ** 0.5
-        contrasts = torch.einsum(
-            "iv,vsnk->isnk", _helmert(len(views)).to(pooled), torch.stack(pooled.chunk(len(views), 1))
-        )
+        by_view = pooled.unflatten(1, (len(views), -1))
+        contrasts = torch.einsum("iv,svnk->isnk", _helmert(len(views)).to(pooled), by_view)
         rows = [torch.cat(list(contrasts[i:j]), 1) for i, j in row.moments]
     else:
         triples = zip(views, origins, noises, strict=True)

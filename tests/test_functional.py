@@ -134,7 +134,7 @@ def test_gradcheck_of_slices(kind, objective):
     assert torch.autograd.gradcheck(lambda a, b: mmi_loss(a, b, **options), views(9, 7))
 
 
-@pytest.mark.parametrize("dims", [(5, 12), (12, 5), (5, 12, 7)], ids=str)
+@pytest.mark.parametrize("dims", [(5, 12), (12, 5), (5, 9, 5)], ids=str)
 @pytest.mark.parametrize("samples", [14, 4])
 @pytest.mark.parametrize("options", [{}, {"ridge": 0.3}, {"logdet": "taylor", "order": 3}], ids=str)
 def test_joint_views_may_differ_in_width(dims, samples, options):

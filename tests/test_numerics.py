@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mmi_loss import MMILoss
-from mmi_loss.functional import mmi_loss
+from mmi_loss.functional import mmi_loss, mmi_loss_multiview
 from mmi_loss.objectives import OBJECTIVES
 from mmi_loss.options import SLICE_KINDS
 from tests.conftest import views
@@ -197,16 +197,25 @@ def test_same_tensor_twice():
     assert z.grad.isfinite().all()
 
 
-def test_slice_dim_beyond_the_features_takes_them_all():
-    pair = views(20, 14)
-    for slice_dim in (14, 15, 1000, None):
-        assert mmi_loss(*pair, slice_dim=slice_dim) == mmi_loss(*pair)
+@pytest.mark.parametrize("impl", ["eager", "reference"])
+@pytest.mark.parametrize("kind", SLICE_KINDS)
+def test_slice_dim_beyond_the_features_takes_them_all(impl, kind):
+    """As they are given: also where the mean is so large that a projection would be rounding alone."""
+    pair = [(z.detach() + 1e7).float() for z in views(20, 14)]
+    for slice_dim in (14, 15, 1000):
+        loss = mmi_loss(*pair, slice_dim=slice_dim, slice_kind=kind, impl=impl)
+        assert loss == mmi_loss(*pair, slice_dim=None, impl=impl) < -1
 
 
-def test_mixed_precision_views_are_promoted():
-    z_a, z_b = views(20, 14, torch.float32)
-    assert mmi_loss(z_a.half(), z_b).dtype == torch.float32
-    assert mmi_loss(z_a.double(), z_b).dtype == torch.float64
+@pytest.mark.parametrize("impl", ["eager", "reference"])
+def test_mixed_precision_views_are_promoted(impl):
+    """To float64 if one of them is, whichever."""
+    half, single, double = (
+        z.to(d) for z, d in zip(views(20, 14) * 2, (torch.half, torch.float, torch.double), strict=False)
+    )
+    assert mmi_loss(half, single, impl=impl).dtype == torch.float32
+    for given in ([double, half], [half, double, single], [half, double[:, :9], single]):
+        assert mmi_loss_multiview(given, objective="joint", impl=impl).dtype == torch.float64
 
 
 @pytest.mark.parametrize("slicing", [{}, *({"slice_dim": 4, "slice_kind": kind} for kind in SLICE_KINDS)], ids=str)

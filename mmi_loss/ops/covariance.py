@@ -118,7 +118,8 @@ def weighted(groups: list[Tensor], weights: Weights) -> list[Tensor]:
         return [torch.stack([matrix * next(remaining) for matrix in group.unbind()]) for group in groups]
     for group in groups:
         for matrix in group.unbind():
-            matrix.mul_(next(remaining))
+            weight = next(remaining)
+            _ = weight == 1 or matrix.mul_(weight)
     return groups
 
 
@@ -154,14 +155,9 @@ class CovarianceLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        objective: Objective,
-        noise: float | Tensor,
-        log_det: LogDet,
-        shared: Shared | None,
-        is_computed: bool,
-        *views: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, objective: Objective, noise: float | Tensor, log_det: LogDet, shared: Shared | None,
+        is_computed: bool, *views: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if objective.is_pooled:
             mean = None if shared is None else sum(shared.means[1:], shared.means[0]) / len(views)
             rows = contrasts(views, mean)

@@ -15,6 +15,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip insta
 
 from benchmarks import __main__ as command_line
 from benchmarks import demo, distributed, environment, speed, training
+from mmi_loss.distributed import HEAD
 
 ROOT = Path(__file__).parents[2]
 
@@ -156,10 +157,10 @@ def test_distributed(tmp_path, capsys):
         assert float(by_cell["content, kronecker", split, "128"]["gradient_error"]) < 1e-12
         assert float(by_cell["solo-learn barlow", split, "128"]["gradient_error"]) > 0.01
     assert by_cell["lightly vicreg", "unequal", "128"]["failure"]
-    # Two views' sums, the count and the 64 bits that must agree; two 128 x 128 moments; their gradient: each goes round
+    # A head of fixed size, in which two views' sums find room; two 128 x 128 moments; their gradient: each goes round
     # the ring, (W - 1) / W twice.
     assert by_cell["default", "equal", "160"]["calls"] == "3"
-    assert int(by_cell["default", "equal", "160"]["ring_bytes"]) == 4 * (2 * 128 + 1 + 64 + 2 * 2 * 128**2)
+    assert int(by_cell["default", "equal", "160"]["ring_bytes"]) == HEAD + 8 * 2 + 4 * 2 * 2 * 128**2
     assert int(by_cell["lightly barlow_twins", "equal", "160"]["ring_bytes"]) == 4 * 2 * 160**2
     shown = capsys.readouterr().out
     assert "fails: lightly vicreg" in shown

@@ -99,7 +99,7 @@ def test_lightning_example(example, tmp_path):
     assert all(torch.tensor(module.losses).isfinite())
     # The counter travels with Lightning's checkpoint.
     (checkpoint,) = tmp_path.rglob("*.ckpt")
-    assert torch.load(checkpoint, weights_only=False)["state_dict"]["criterion.step"] == 4
+    assert torch.load(checkpoint, weights_only=False)["state_dict"]._metadata["criterion"]["step"] == 4
 
 
 @pytest.mark.parametrize("script", ["pytorch", "pytorch_lightning"])
