@@ -20,8 +20,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmi_loss import MMILoss, distributed, functional
-from mmi_loss.functional import LOGDETS, OBJECTIVES, SLICE_KINDS, Options
 from mmi_loss.functional import mmi_loss as functional_mmi_loss
+from mmi_loss.objectives import OBJECTIVES
+from mmi_loss.ops.slices import slice_views
+from mmi_loss.options import LOGDETS, SLICE_KINDS, Options
 
 pytestmark = pytest.mark.filterwarnings("ignore:objective=")
 
@@ -43,7 +45,6 @@ class Case(NamedTuple):
     num_views: int = 2
     dtype: torch.dtype = torch.float64
     autocast: bool = False
-    compiled: bool = False
     steps: int = 3
 
     @property
@@ -74,7 +75,6 @@ for _objective, (_route, (_options, _dim)) in itertools.product(OBJECTIVES, ROUT
         CASES[f"{_objective}, {_route}, autocast"] = Case(_all, _dim, dtype=torch.float32, steps=1, autocast=True)
     if _route in ("kronecker", "all features, Gram"):
         CASES[f"{_objective}, {_route}, reference"] = Case({**_all, "impl": "reference"}, _dim)
-CASES["content, kronecker, compiled"] = Case({"slice_dim": 16}, compiled=True)
 LIGHTNING = [
     "content, kronecker, cholesky",
     "exchangeable, all features, covariance, cholesky",
@@ -96,6 +96,11 @@ def batches(sizes, rank=None, dtype=torch.float64):
     return drawn
 
 
+def case_of(name, world):
+    """More than every batch once, where training may drift apart, between two ranks alone."""
+    return CASES[name] if world == 2 else CASES[name]._replace(steps=min(CASES[name].steps, 3))
+
+
 def make_model(case):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(IN, 16), nn.Tanh(), nn.Linear(16, case.dim)).to(case.dtype)
@@ -105,8 +110,6 @@ def make_criterion(case, gather):
     options = {**case.options, "gather_distributed": gather}
     if case.num_views == 2:
         module = MMILoss(**options)
-        if case.compiled and gather:  # "aot_eager" traces and differentiates as "inductor" does, without its compiler
-            module = torch.compile(module, fullgraph=True, backend="aot_eager")
         return lambda views, step: module(*views)
     return lambda views, step: functional.mmi_loss_multiview(views, step=step, **options)
 
@@ -176,7 +179,11 @@ def train_by_lightning(case, drawn, folder, **options):
 def slices_of_steps():
     """What the first steps' slices make of fixed data: any difference in the random numbers shows."""
     z = torch.linspace(-1, 1, 4 * 40).view(4, 40)
-    return [functional._slice([z], step, options, torch.float32)[0] for options in SLICES for step in range(3)]
+    return [
+        slice_views([z], o.slice_dim, o.num_slices, o.block_dim, torch.tensor(step), o.seed, torch.float32)[0]
+        for o in SLICES
+        for step in range(3)
+    ]
 
 
 def too_few(case, sizes, rank):
@@ -197,12 +204,13 @@ def run_rank(rank, world, folder):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    results = {"sizes": distributed.batch_sizes(torch.zeros(SIZES[world][0][rank], 1))}
+    results = {}
     torch.manual_seed(rank)
     with counted_collectives() as calls:
         results["slices"] = slices_of_steps()
     results["slice_calls"] = len(calls)
-    for name, case in CASES.items():
+    for name in CASES:
+        case = case_of(name, world)
         drawn = batches(SIZES[world], rank, case.dtype)
         results[name] = train(case, DistributedDataParallel(make_model(case)), drawn, gather=True)
     results["too few"] = {
@@ -273,14 +281,15 @@ def group(request, tmp_path_factory):
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.is_exact])
 def test_equals_the_concatenated_batch(group, name):
     world, ranks = group
-    expected = train(CASES[name], make_model(CASES[name]), batches(SIZES[world]))
+    case = case_of(name, world)
+    expected = train(case, make_model(case), batches(SIZES[world]))
     for result in (results[name] for results in ranks):
         for ours, loss in zip(result["losses"], expected["losses"], strict=True):
             assert ours.item() == pytest.approx(loss.item(), rel=1e-9)
         for ours, grad in zip(result["grads"], expected["grads"], strict=True):
             assert (ours - grad).norm() <= 1e-6 * grad.norm()
         torch.testing.assert_close(result["parameters"], expected["parameters"], rtol=1e-6, atol=1e-8)
-        assert (result["parameters"] - flat(make_model(CASES[name]).parameters())).norm() > 1e-2
+        assert (result["parameters"] - flat(make_model(case).parameters())).norm() > 1e-3
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.is_exact])
@@ -331,9 +340,9 @@ def test_slices_are_the_same_everywhere_without_communication(group):
 def test_fewer_than_two_samples_on_all_ranks(group, name, total):
     """Never a number: an error where the sizes are known, NaN on slices, where they stay on the device."""
     _, ranks = group
-    options = TOO_FEW[name].options
+    options, dim = TOO_FEW[name].options, TOO_FEW[name].dim
     for result in (results["too few"][name, total] for results in ranks):
-        if options.get("slice_dim", 0) is None or options.get("impl") == "reference":
+        if (options.get("slice_dim", 128) or dim) >= dim or options.get("impl") == "reference":
             assert "at least 2 samples on all ranks together" in result
         else:
             loss, grad = result
@@ -341,16 +350,11 @@ def test_fewer_than_two_samples_on_all_ranks(group, name, total):
             assert grad.isnan().any() or not len(grad)  # of coordinates, those in the slice
 
 
-def test_sizes_are_known_everywhere(group):
-    world, ranks = group
-    assert all(results["sizes"] == SIZES[world][0] for results in ranks)
-
-
 @pytest.mark.parametrize("route", ROUTES)
 def test_without_a_group_it_is_one_process(route):
     options, dim = ROUTES[route]
     pair = [torch.randn(20, dim, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
-    assert not distributed.is_active()
+    assert not distributed.is_active(None)
     assert MMILoss(gather_distributed=True, **options)(*pair) == MMILoss(**options)(*pair)
     with pytest.raises(ValueError, match="at least 2 samples"):
         MMILoss(gather_distributed=True, **options)(pair[0][:1], pair[1][:1])

@@ -28,25 +28,6 @@ def backward(pair, **options):
 
 
 @pytest.mark.parametrize("options", ESTIMATORS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
-def test_half_precision_at_any_scale(options, shape, dtype, scale):
-    """The inputs' rounding is the only error: the same numbers in float64 give the same loss."""
-    pair = [((z.detach() - 1.5) * scale / 3).to(dtype) for z in views(*shape)]
-    loss, grads = backward(pair, **options)
-    exact, exact_grads = backward([z.double() for z in pair], **options)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(exact.item(), rel=1e-4, abs=1e-5)
-    for grad, expected in zip(grads, exact_grads, strict=True):
-        assert grad.dtype == dtype
-        largest = expected.abs().max().item()
-        if largest < torch.finfo(dtype).max / 2 and largest > 1e-3:
-            error = (grad.double() - expected).abs().max().item()
-            assert error <= 2 * torch.finfo(dtype).eps * largest + torch.finfo(dtype).tiny
-
-
-@pytest.mark.parametrize("options", ESTIMATORS, ids=str)
 @pytest.mark.parametrize("scale", [1e-12, 1e-4, 1e4, 1e12])
 def test_loss_does_not_depend_on_the_scale(options, scale):
     pair = [z.detach().float() for z in views(40, 12)]
@@ -85,9 +66,10 @@ def test_non_finite_input_is_seen_in_loss_and_gradient(options, shape, value, dt
     for feature in range(0, shape[1], 5):
         pair = [z.detach().to(dtype) for z in views(*shape)]
         pair[1][2, feature] = value
-        loss, grads = backward(pair, **options)
-        assert loss.isnan()
-        assert all(grad.isnan().all() for grad in grads)
+        for impl in ("eager", "reference"):
+            loss, grads = backward(pair, impl=impl, **options)
+            assert loss.isnan()
+            assert all(grad.isnan().all() for grad in grads)
 
 
 @pytest.mark.parametrize("options", ESTIMATORS, ids=str)
@@ -152,43 +134,15 @@ def test_rank_one_dead_and_duplicated(options):
 
 
 @pytest.mark.parametrize("options", ESTIMATORS, ids=str)
-@pytest.mark.parametrize("scale", [1.0, 2.0**24])
-def test_gradient_is_linear_in_its_input(options, scale):
-    pair = [z.detach().float() for z in views(40, 12)]
-    _, grads = backward(pair, **options)
-    leaves = [z.clone().requires_grad_() for z in pair]
-    (mmi_loss(*leaves, **options) * -3 * scale).backward()
-    torch.testing.assert_close(leaves[0].grad, -3 * scale * grads[0], rtol=1e-5, atol=1e-6 * scale)
-
-
-@pytest.mark.parametrize("options", ESTIMATORS, ids=str)
-def test_layouts_and_partial_gradients(options):
+def test_views_of_one_tensor_and_calls_without_gradient(options):
     pair = [z.detach() for z in views(20, 14)]
     loss, grads = backward(pair, **options)
-    layouts = {
-        "transposed": [z.T.contiguous().T for z in pair],
-        "strided": [torch.stack([z, z], 1).flatten(0, 1)[::2] for z in pair],
-        "sliced": [torch.cat([z, z], 1)[:, :14] for z in pair],
-    }
-    for layout in layouts.values():
-        other, other_grads = backward(layout, **options)
-        torch.testing.assert_close(other, loss)
-        torch.testing.assert_close(other_grads, grads)
     chunks = torch.cat(pair).requires_grad_()
     mmi_loss(*chunks.chunk(2), **options).backward()
     torch.testing.assert_close(chunks.grad, torch.cat(grads))
-    for needs in ((True, False), (False, True)):
-        leaves = [z.clone().requires_grad_(need) for z, need in zip(pair, needs, strict=True)]
-        mmi_loss(*leaves, **options).backward()
-        for leaf, grad, need in zip(leaves, grads, needs, strict=True):
-            if need:
-                torch.testing.assert_close(leaf.grad, grad)
-            else:
-                assert leaf.grad is None
-    with torch.no_grad():
-        torch.testing.assert_close(mmi_loss(*pair, **options), loss)
-    with torch.inference_mode():
-        torch.testing.assert_close(mmi_loss(*pair, **options), loss)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(mmi_loss(*pair, **options), loss)
 
 
 def test_same_tensor_twice():
@@ -253,15 +207,6 @@ def test_deterministic_algorithms(kind):
         torch.use_deterministic_algorithms(False)
     assert results[0][0] == results[1][0]
     assert torch.equal(results[0][1][0], results[1][1][0])
-
-
-def test_gradient_accumulation_adds():
-    pair = [z.detach().requires_grad_() for z in views(20, 14)]
-    loss_fn = MMILoss()
-    for _ in range(2):
-        (loss_fn(*pair) / 2).backward()
-    _, grads = backward(pair)
-    torch.testing.assert_close(pair[0].grad, grads[0])
 
 
 def test_more_information_is_a_lower_loss():

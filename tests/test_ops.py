@@ -42,8 +42,8 @@ def covariance_loss(objective, log_det, noise=0.7, is_computed=False):
     return lambda *z: CovarianceLoss.apply(OBJECTIVES[objective], noise, log_det, None, is_computed, *z)[0]
 
 
-def gram(objective, log_det, noise=0.7):
-    return lambda *z: gram_loss(OBJECTIVES[objective], noise, log_det, z, False)[0]
+def gram(objective, log_det, noise=0.7, is_computed=False):
+    return lambda *z: gram_loss(OBJECTIVES[objective], noise, log_det, z, is_computed)[0]
 
 
 def sliced(block_dim):
@@ -115,6 +115,20 @@ def test_contrasts_of_a_large_mean():
     exactly = covariance.contrasts([z.double() for z in views])
     np.testing.assert_allclose(covariance.contrasts(views), exactly, atol=4e-6)
     assert not covariance.contrasts([torch.full((5, 3), 0.1)] * 3).any()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(("route", "samples"), [(covariance_loss, 40), (gram, 3)])
+def test_rounding_is_a_signal_of_given_features_alone(objective, route, samples):
+    """Where a feature was computed, what differs in the last digit is constant: no loss, no gradient."""
+    generator = torch.Generator().manual_seed(0)
+    last_digits = torch.randint(2, (2, samples, 8), generator=generator) * torch.finfo(torch.float32).eps
+    for is_computed in (True, False):
+        views = [(3.1 + 3.1 * digits).requires_grad_() for digits in last_digits]
+        loss = route(objective, exact(), is_computed=is_computed)(*views)
+        loss.backward()
+        assert (loss == 0) == is_computed
+        assert all(z.grad.any() != is_computed for z in views)
 
 
 class WeightedSum(torch.autograd.Function):
