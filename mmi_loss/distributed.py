@@ -117,8 +117,8 @@ def _raise_disagreement(options_differ: bool, calls_differ: bool, steps_differ: 
 
 
 class Concatenate(torch.autograd.Function):
-    """The rows of all ranks (sum of sizes, D), in rank order. What is differentiated is the sum of all ranks' losses, which
-    are all the same L: a rank's gradient is world_size * dL/dz_r, and DDP's average over ranks that of L.
+    """The rows of all ranks (sum of sizes, D), in rank order. What is differentiated is the sum of all ranks' losses,
+    which are all the same L: a rank's gradient is world_size * dL/dz_r, and DDP's average over ranks that of L.
     """
 
     @staticmethod

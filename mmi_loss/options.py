@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-OptionTypes = TypedDict(
+OptionTypes = TypedDict(  # noqa: UP013 - a table of two dozen words is no class of a page
     "OptionTypes",
     {
         "objective": str, "logdet": str, "slice_kind": str, "impl": str,
@@ -68,6 +68,7 @@ class Options:
         _validate(given)
         if given["snr"] is None and given["ridge"] is None:
             given["snr"] = DEFAULT_SNR
+        given.update({name: float(given[name]) for name in ("snr", "ridge", "beta") if given[name] is not None})
         shared = {name: value for name, value in given.items() if name not in ("gather_distributed", "process_group")}
         vars(self).update(
             given,
@@ -98,7 +99,7 @@ class Options:
 
 def _validate(given: dict[str, Any]) -> None:
     for name, known in {"objective": OBJECTIVES, "logdet": LOGDETS, "slice_kind": SLICE_KINDS, "impl": IMPLS}.items():
-        if given[name] not in known:
+        if given[name] not in list(known):  # a list is not hashable
             raise ValueError(f"{name}={given[name]!r} is not one of {', '.join(map(repr, known))}")
     for name in ("seed", "slice_dim", "num_slices", "order"):
         value = given[name] if name != "slice_dim" or given[name] is not None else 1

@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/fuzz"), help="folder for rounds, failures and examples")
     parser.add_argument("--summary", type=Path, help="CSV file of the figure (default OUT/fuzz.csv)")
     options = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", message="objective=")
+    warnings.filterwarnings("ignore", message="(objective|num_slices)=")
     warnings.filterwarnings("ignore", category=hypothesis.errors.NonInteractiveExampleWarning)
     console, rounds = Console(), options.out / "rounds.csv"
     chosen = {

@@ -15,8 +15,8 @@ from mmi_loss.objectives import OBJECTIVES
 pytestmark = pytest.mark.filterwarnings("ignore:objective=")
 
 DIM = 128
-# From 30 to 300, on both sides of every switch between covariance and Gram matrices: where one view, or two, has as many
-# samples as a slice, or as all features, of one view or of both.
+# On both sides of every switch between covariance and Gram matrices: where one view, or two, has as many samples as a
+# slice, or as all features, of one view or of both.
 SIZES = [30, 300, 49, 50, 51, 63, 64, 65, 99, 100, 101, 127, 128, 129, 31, 299, 47, 88, 200, 256]
 KINDS = {
     "kronecker": {"slice_dim": 100},
@@ -35,13 +35,13 @@ def test_two_graphs_do_for_twenty_batch_sizes(objective, kind, logdet):
     options = {"objective": objective, "logdet": logdet, **KINDS[kind]}
     eager, module = MMILoss(**options), MMILoss(**options)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for samples in SIZES:  # the first graph, of one size, which automatic dynamic shapes would add, is spared
+    for samples in SIZES:
         generator = torch.Generator().manual_seed(samples)
         pair = [torch.randn(samples, DIM, generator=generator, dtype=torch.float64) for _ in range(2)]
         results = []
         for loss_fn in (compiled, eager):
             leaves = [z.clone().requires_grad_() for z in pair]
-            for leaf in leaves:
+            for leaf in leaves:  # from the first size on: automatically it is from the second, which is a graph more
                 torch._dynamo.mark_dynamic(leaf, 0)
             loss = loss_fn(*leaves)
             loss.backward()

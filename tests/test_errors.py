@@ -36,6 +36,7 @@ BAD_INPUTS = [
 
 BAD_OPTIONS = [
     ({"objective": "mutual"}, ValueError, "objective='mutual' is not one of 'content', 'exchangeable', 'joint'"),
+    ({"objective": ["joint"]}, ValueError, r"objective=\['joint'\] is not one of 'content'"),
     ({"logdet": "lu"}, ValueError, "logdet='lu' is not one of 'cholesky', 'taylor'"),
     ({"impl": "cuda"}, ValueError, "impl='cuda' is not one of 'auto', 'eager', 'triton', 'reference'"),
     ({"slice_kind": "axis"}, ValueError, "slice_kind='axis' is not one of"),
@@ -60,7 +61,7 @@ BAD_OPTIONS = [
         TypeError,
         r"process_group must be a torch.distributed.ProcessGroup, got 'dp'.*get_group",
     ),
-    ({"slices_dim": 3}, TypeError, "unknown option 'slices_dim'; known are objective, slice_dim"),
+    ({"slices_dim": 3}, TypeError, r"unknown option 'slices_dim'; known are objective, .*slice_dim"),
 ]
 
 
@@ -110,15 +111,8 @@ def test_signatures_list_the_options():
         assert {p.name: p.default for p in shown[-1]} == DEFAULTS
         assert {p.kind for p in shown[-1]} == {inspect.Parameter.KEYWORD_ONLY}
     assert shown[0] == shown[1] == shown[2]
-    assert {p.annotation for p in shown[0]} == {
-        "str",
-        "int",
-        "int | None",
-        "float",
-        "float | None",
-        "bool",
-        "ProcessGroup | None",
-    }
+    kinds = {getattr(p.annotation, "__name__", p.annotation) for p in shown[0]}
+    assert kinds == {"str", "int", "int | None", "float", "float | None", "bool", "ProcessGroup | None"}
 
 
 BAD_CALLS = [

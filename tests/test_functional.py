@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -49,10 +50,10 @@ def relative_error(ours, truth):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("noise_floor", [{"snr": 64.0}, {"ridge": 0.3}, {"snr": 2.0}])
+@pytest.mark.parametrize("noise_floor", [{"snr": 64}, {"ridge": Fraction(3, 10)}, {"snr": np.float64(2)}], ids=str)
 def test_value_is_the_oracles(impl, objective, shape, noise_floor):
     pair = views(*shape)
-    expected = -oracle.information(pair, objective, **noise_floor)
+    expected = -oracle.information(pair, objective, **{name: float(value) for name, value in noise_floor.items()})
     options = {"objective": objective, "slice_dim": None, "impl": impl, **noise_floor}
     assert mmi_loss(*pair, **options).item() == pytest.approx(expected, rel=1e-10, abs=1e-10)
     single = [z.detach().float() for z in pair]
@@ -165,7 +166,15 @@ ADDED = {
 @pytest.mark.parametrize("shape", [(14, 7), (3, 14)])
 def test_an_added_objective_works_on_every_route(name, logdet, shape, monkeypatch):
     is_pooled, ranges, entropy, conditional = ADDED[name]
-    row = Objective(is_pooled, not is_pooled, False, ranges, entropy, entropy, conditional)
+    row = Objective(
+        is_pooled=is_pooled,
+        is_pairwise=not is_pooled,
+        is_spurious=False,
+        moments=ranges,
+        entropy_a=entropy,
+        entropy_b=entropy,
+        conditional_entropy=conditional,
+    )
     monkeypatch.setitem(OBJECTIVES, name, row)
     series = {option: value for option, value in logdet.items() if option != "logdet"}
 

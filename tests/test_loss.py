@@ -87,7 +87,8 @@ def test_a_call_is_short():
     package, files = Path(mmi_loss.__file__).parent, []
 
     def profile(frame, event, _):
-        if event == "call" and Path(frame.f_code.co_filename).is_relative_to(package):
+        is_ours = event == "call" and Path(frame.f_code.co_filename).is_relative_to(package)
+        if is_ours and frame.f_code.co_name != "<listcomp>":  # no call since Python 3.12
             files.append(frame.f_code.co_filename)
 
     sys.setprofile(profile)
@@ -202,9 +203,16 @@ def test_paper():
 
 
 def test_repr_shows_what_applies():
-    assert repr(MMILoss(slice_dim=32)).startswith("MMILoss(objective='content', slice_dim=32")
-    assert "beta" not in repr(MMILoss())
-    assert "beta" in repr(MMILoss.paper())
+    for loss_fn, shown, hidden in (
+        (
+            MMILoss(slice_dim=32),
+            ("objective='content'", "slice_dim=32", "snr=64.0"),
+            ("ridge", "beta", "process_group"),
+        ),
+        (MMILoss.paper(ridge=0.1), ("objective='joint'", "slice_dim=None", "beta=1.0", "ridge=0.1"), ("snr",)),
+    ):
+        assert all(option in repr(loss_fn) for option in shown)
+        assert not any(option in repr(loss_fn) for option in hidden)
 
 
 def test_learning_decorrelates_and_aligns():
@@ -239,9 +247,9 @@ def test_compiles_whole(name):
     assert module.step == eager.step == 2
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ["default", "all_gram"])
 def test_compiles_for_changing_batch_sizes(name):
-    """From the second size on, the size is a symbol of the graph: one for each route, and that of the first size."""
+    """As in a training loop: the graph of the first size, and one for each route, whose size is a symbol."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     eager, module = MMILoss(**VARIANTS[name]), MMILoss(**VARIANTS[name])

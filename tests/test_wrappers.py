@@ -2,8 +2,8 @@
 must not train, as its ranks differ.
 
 One group of four gloo processes, with other data on every rank, runs all cases and saves what came out. For most that
-is how far losses, gradients and parameters are from those of one process on the concatenated batch, in float64. One of two
-is compiled. Small groups of their own run what ends processes.
+is how far losses, gradients and parameters are from those of one process on the concatenated batch, in float64. One of
+two is compiled. What ends processes has groups of its own.
 """
 
 import contextlib
@@ -351,7 +351,7 @@ WRAPS = {
 
 
 def wrapped_counter(route, wrap, rank):
-    """Rank 1 counted once too often in a pass after which no wrapper broadcasts; the next is the first to train."""
+    """Rank 1 counted once too often in a pass after which no wrapper broadcasts; the next step is the first one."""
     wrapper, before = WRAPS[wrap]
     model = wrapper(Model(ROUTES[route][1], criterion_of(route)))
     with before(model) if before else contextlib.nullcontext():
@@ -553,13 +553,16 @@ ENDINGS = [("join", route) for route in ROUTES] + [
 def group_that_ends(rank, world, folder, ending, route):
     """Writes the losses of its steps, line by line, and what ends it."""
     initialise(rank, world, folder, seconds=3 if "wait" in ending else 60)
-    file = Path(folder, f"rank{rank}.txt").open("w", buffering=1)  # noqa: SIM115 - closed by the end, whatever it is
     criterion = criterion_of(route)
     model = DistributedDataParallel(Model(ROUTES[route][1]))
 
+    def write(line):
+        with Path(folder, f"rank{rank}.txt").open("a") as file:
+            file.write(str(line).replace("\n", " ") + "\n")
+
     def step(number):
         loss = criterion(*model(*batch(number, [rank])))
-        print(loss.item(), file=file)
+        write(loss.item())
         if loss.requires_grad:
             loss.backward()
 
@@ -568,23 +571,20 @@ def group_that_ends(rank, world, folder, ending, route):
             with model.join(throw_on_early_termination="throwing" in ending):
                 for number in range(3 if rank == 0 else 2):
                     step(number)
-        elif "evaluation" in ending:
-            step(0)
-            step(1)
-            if rank == 0:
-                with torch.no_grad():
-                    step(2)
-            dist.barrier()
         else:
             step(0)
             step(1)
+        if "evaluation" in ending:
+            with torch.no_grad():
+                step(2) if rank == 0 else dist.barrier()
+        if "compiled" in ending:
             options = {"slice_dim": 17} if "slice" in ending else {"objective": "joint"}
             criterion = criterion_of(route, **(options if rank == 1 else {}))
             criterion = torch.compile(criterion, fullgraph=True, backend="aot_eager")
             step(2)
-        print("went on", file=file)
+        write("went on")
     except RuntimeError as raised:
-        print(f"RuntimeError: {raised}".replace("\n", " "), file=file)
+        write(f"RuntimeError: {raised}")
 
 
 @pytest.fixture(scope="module")
