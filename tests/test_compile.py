@@ -50,3 +50,12 @@ def test_two_graphs_do_for_twenty_batch_sizes(objective, kind, logdet):
             assert (ours - expected).norm() <= 1e-10 * expected.norm()
     assert module.step == eager.step == len(SIZES)
     assert counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.parametrize("options", [{}, {"slice_dim": None}, {"objective": "joint"}], ids=str)
+def test_without_gradients_as_in_validation(options):
+    torch._dynamo.reset()
+    pair = [torch.randn(40, DIM, generator=torch.Generator().manual_seed(seed)).double() for seed in (0, 1)]
+    with torch.no_grad():
+        compiled = torch.compile(MMILoss(**options), fullgraph=True, backend="aot_eager")(*pair)
+    torch.testing.assert_close(compiled, MMILoss(**options)(*pair))

@@ -154,10 +154,9 @@ class CovarianceLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, objective: Objective, noise: float | Tensor, log_det: LogDet, shared: Shared | None,
-        is_computed: bool, *views: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        # Unpacked here: as parameters, exactly two views make torch.compile under no_grad take them for another form.
+        objective, noise, log_det, shared, is_computed, *views = arguments
         if objective.is_pooled:
             mean = None if shared is None else sum(shared.means[1:], shared.means[0]) / len(views)
             rows = contrasts(views, mean)

@@ -61,9 +61,8 @@ class _GramLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, objective: Objective, noise: float | Tensor, log_det: LogDet, is_computed: bool, *views: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        objective, noise, log_det, is_computed, *views = arguments  # see CovarianceLoss
         samples, widths = views[0].shape[0], [z.shape[-1] for z in views]
         parts = contrasts(views) if objective.is_pooled else side_by_side(views)
         num_parts, _, dim = parts.shape

@@ -101,9 +101,8 @@ class _Project(torch.autograd.Function):
     """Y_n = A Z_n with Z_n the features of sample n as a (blocks, block_dim) matrix; dZ_n = A^T dY_n."""
 
     @staticmethod
-    def forward(
-        ctx: Any, mixing: Tensor, slice_dim: int, num_slices: int, block_dim: int, *views: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        mixing, slice_dim, num_slices, block_dim, *views = arguments  # see CovarianceLoss
         n, dim = views[0].shape
         ctx.save_for_backward(mixing)
         ctx.dim, ctx.block_dim, ctx.dtypes = dim, block_dim, []
