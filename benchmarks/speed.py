@@ -1,4 +1,4 @@
-"""Time and memory of the loss against every rival and against the bytes that must move.
+"""Time and memory on the CPU of the loss against every rival and against the bytes that must move.
 
 All losses of a shape take turns in one process, each timed call after an untimed one of the same loss and with its
 inputs out of the cache; medians and quartiles over the turns. "floor" reads both inputs and writes both gradients: two
@@ -68,14 +68,13 @@ CUBIC_SECONDS = 20.0
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command's options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks speed", description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shapes", nargs="+", metavar="NxD", help="such as 256x2048 1024x8192 (default: all)")
     names = [*LOSSES, *SOLO, *FLOORS]
     parser.add_argument("--losses", nargs="+", choices=names, default=names, metavar="LOSS")
     parser.add_argument("--solo-learn", type=Path, metavar="PATH", help="a clone of solo-learn, for its losses")
     parser.add_argument("--precisions", nargs="+", choices=("float32", "bf16-autocast"), default=["float32"])
     parser.add_argument("--turns", type=int, default=11, help="turns of fast losses; slow ones get fewer")
-    parser.add_argument("--out", type=Path, help="CSV file (default benchmarks/results/speed-DEVICE.csv)")
+    parser.add_argument("--out", type=Path, help="CSV file (default benchmarks/results/speed-cpu.csv)")
     return parser.parse_args(arguments)
 
 
@@ -83,7 +82,7 @@ def main(arguments: list[str]) -> None:
     """Measure, append to the CSV, print the tables, draw the pictures."""
     options = parse(arguments)
     warnings.filterwarnings("ignore", message=".*(objective=|lr_scheduler).*")
-    out = options.out or environment.RESULTS / f"speed-{options.device}.csv"
+    out = options.out or environment.RESULTS / "speed-cpu.csv"
     shapes = [_shape(text) for text in options.shapes] if options.shapes else SHAPES
     console = Console()
     losses = {**LOSSES, **_of_solo_learn(options.solo_learn)}
@@ -138,10 +137,9 @@ def measure(
     n: int, dim: int, precision: str, losses: dict[str, Callable[[int, int], Criterion]], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """One row per loss for one shape."""
-    device = torch.device(options.device)
     generator = torch.Generator().manual_seed(0)
     content = torch.randn(n, dim, generator=generator)
-    views = [(content + 0.5 * torch.randn(n, dim, generator=generator)).to(device) for _ in range(2)]
+    views = [content + 0.5 * torch.randn(n, dim, generator=generator) for _ in range(2)]
     leaves = [z.requires_grad_() for z in views]
     steps: dict[str, dict[str, Callable[[], Any]]] = {}
     for name in options.losses:
@@ -149,7 +147,7 @@ def measure(
             steps[name] = _floor(name, views)
         elif name in losses and fits(name, n, dim):
             steps[name] = _steps(losses[name](n, dim), leaves, precision)
-    eviction = torch.zeros(EVICTION_BYTES // 4, device=device)
+    eviction = torch.zeros(EVICTION_BYTES // 4)
     times: dict[tuple[str, str], list[float]] = {}
     spent = dict.fromkeys(steps, 0.0)
     latest: dict[tuple[str, str], float] = {}
@@ -164,16 +162,16 @@ def measure(
                 for z in leaves:
                     z.grad = None
                 eviction.add_(1)
-                if device.type == "cpu" and leaves[0].nbytes >= ALWAYS_NEW_BYTES:
+                if leaves[0].nbytes >= ALWAYS_NEW_BYTES:
                     _give_back_freed_memory()
-                latest[name, kind] = seconds = _timed(step, device)
+                latest[name, kind] = seconds = _timed(step)
                 spent[name] += seconds
                 if turn:  # the first turn warms up
                     times.setdefault((name, kind), []).append(seconds)
     rows = []
     for (name, kind), seconds in times.items():
         quartiles = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 3
-        peak = _peak_bytes(steps[name][kind], leaves, device) if name not in FLOORS else 0
+        peak = _peak_bytes(steps[name][kind], leaves) if name not in FLOORS else 0
         rows.append(
             {
                 "loss": name,
@@ -187,7 +185,7 @@ def measure(
                 "turns": len(seconds),
                 "peak_extra_mib": _significant(peak / 2**20),
                 "input_mib": _significant(n * dim * 4 / 2**20),
-                **environment.columns(options.device),
+                **environment.columns("cpu"),
             }
         )
     return rows
@@ -199,13 +197,9 @@ def _of_solo_learn(checkout: Path | None) -> dict[str, Callable[[int, int], Crit
 
 
 def _steps(criterion: Criterion, leaves: list[Tensor], precision: str) -> dict[str, Any]:
-    device = leaves[0].device
-    if isinstance(criterion, torch.nn.Module):
-        criterion.to(device)
-
     def forward() -> Tensor:
         is_autocast = precision != "float32"
-        context = torch.autocast(device.type, torch.bfloat16) if is_autocast else contextlib.nullcontext()
+        context = torch.autocast("cpu", torch.bfloat16) if is_autocast else contextlib.nullcontext()
         with context:
             return criterion(*leaves)
 
@@ -232,30 +226,16 @@ def _give_back_freed_memory() -> None:
         trim(0)
 
 
-def _timed(step: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
+def _timed(step: Callable[[], Any]) -> float:
     begin = time.perf_counter()
     step()
     return time.perf_counter() - begin
 
 
-def _peak_bytes(step: Callable[[], Any], leaves: list[Tensor], device: torch.device) -> int:
+def _peak_bytes(step: Callable[[], Any], leaves: list[Tensor]) -> int:
     """Peak of what a call allocates, less what outlives it (the gradients)."""
     for z in leaves:
         z.grad = None
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        gradients = sum(z.grad.nbytes for z in leaves if z.grad is not None)
-        return torch.cuda.max_memory_allocated() - before - gradients
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports the GPU that it does not find as an error
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()

@@ -66,8 +66,7 @@ def mmi_loss(
         >>> bool(identical < -20 < independent < 0)
         True
     """
-    views = z_a if isinstance(z_a, (list, tuple)) and z_b is None else (z_a, z_b)
-    return loss(views, step, Options(**options))
+    return loss(checks.views_of_call(z_a, z_b, None, None), step, Options(**options))
 
 
 mmi_loss_multiview = mmi_loss

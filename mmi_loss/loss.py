@@ -33,7 +33,8 @@ class MMILoss(nn.Module):
     Args:
         objective: ``"content"``: I(Z; content), for views of one image by one network. ``"exchangeable"``: I(Z; Z') of
             two such views. ``"joint"``: I(Z; Z') of any two, also of two networks or modalities, which may differ in
-        width. slice_dim: Features in the determinant: a fresh random slice of so many each step where D is larger. None
+            width.
+        slice_dim: Features in the determinant: a fresh random slice of so many each step where D is larger. None
             takes all D.
         num_slices: Slices per step, averaged.
         seed: With the step counter, determines the slices.
@@ -51,9 +52,10 @@ class MMILoss(nn.Module):
         process_group: The ranks whose batches belong together, if not all; implies ``gather_distributed``.
         impl: ``"auto"``; ``"eager"``: torch operations with closed-form gradients; ``"triton"``: fused CUDA kernels of
             the default objective; ``"reference"``: slow and plain, for checking, second derivatives and ``torch.func``.
-            A named one is never replaced by another, but that under ``torch.func``'s transforms eager is the plain
-        form. slice_kind: ``"kronecker"``: 4 random mixtures of blocks of ``slice_dim / 4`` features; ``"gaussian"``:
-            dense random projections (Goldfeld et al. 2022); ``"coordinates"``: random subsets of the features.
+            A named one is never replaced by another, but that under ``torch.func``'s transforms and on export eager is
+            the plain form.
+        slice_kind: ``"kronecker"``: 4 random mixtures of blocks of ``slice_dim / 4`` features; ``"gaussian"``: dense
+            random projections (Goldfeld et al. 2022); ``"coordinates"``: random subsets of the features.
 
     Shape:
         - z_a, z_b: (N, D), N >= 2, float16, bfloat16, float32 or float64; or the other forms of :meth:`forward`.

@@ -37,7 +37,7 @@ def contrasts(views: Sequence[Tensor], mean: Tensor | None = None) -> Tensor:
     num_views, buffer = len(views), None
     out: Sequence[Tensor | None] = [None] * num_views
     if not torch.compiler.is_compiling():
-        # In a traced graph, writes into a part of a tensor would pin the batch size; it places results itself.
+        # In a traced graph, writes into a part of a tensor would pin the batch size; the compiler places them.
         buffer = views[0].new_empty((num_views, *views[0].shape))
         out = buffer.unbind()
     # Relative to any one sample, features keep their digits where the mean is far larger than the deviation.
@@ -74,7 +74,7 @@ def side_by_side(views: Sequence[Tensor], means: Sequence[Tensor] | None = None)
     return rows - rows.mean(-2, keepdim=True) if means is None else rows
 
 
-SMALLEST_VARIANCE = 0.75  # the power of the smallest number below which a variance has lost digits: 4e-29 in float32
+UNDERFLOW_POWER = 0.75  # of the smallest normal number, below which a variance has lost digits: 4e-29 in float32
 ROUNDINGS = 2  # in units of the mean, by which the samples of a constant feature may differ once it was computed
 
 
@@ -87,7 +87,7 @@ def inverse_std(variance: Tensor, mean: Tensor | None = None) -> Tensor:
     infinite variance, the overflow of a square, gives NaN, where 0 would hide it.
     """
     info = torch.finfo(variance.dtype)
-    floor: float | Tensor = info.tiny**SMALLEST_VARIANCE
+    floor: float | Tensor = info.tiny**UNDERFLOW_POWER
     if mean is not None:
         floor = (mean * (ROUNDINGS * info.eps)).square() + floor
     return (variance.sqrt() / variance).masked_fill(variance <= floor, 0.0)
@@ -119,7 +119,8 @@ def weighted(groups: list[Tensor], weights: Weights) -> list[Tensor]:
     for group in groups:
         for matrix in group.unbind():
             weight = next(remaining)
-            _ = weight == 1 or matrix.mul_(weight)
+            if weight != 1:
+                matrix.mul_(weight)
     return groups
 
 
@@ -148,9 +149,8 @@ class CovarianceLoss(torch.autograd.Function):
 
         dP_i = V sum_{j with i} (F_j * n n^T) / V_j  -  diag(n^2 noise sum_j (F_j (A_j - I))_dd),
 
-    the second term through the variances: ds = -s^3 dvar / 2 for s = 1 / std, so dvar_d = -s^2 sum_j (F_j (A_j -
-    I))_dd; dU_i = 2 U_i dP_i; and from parts back to views. The means are constants: moments about them are stationary
-    in them.
+    the second term through the variances: ds = -s^3 dvar / 2 for s = 1 / std, so dL/dvar_d = -s_d^2 sum_j (F_j (A_j -
+    I))_dd; dU_i = 2 U_i dP_i; and from parts back to views. The means are constants: moments about them are stationary.
     """
 
     @staticmethod

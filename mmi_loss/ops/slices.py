@@ -17,9 +17,7 @@ from torch import Tensor
 
 from mmi_loss.ops.autograd import closed_form
 
-MIXTURES = (
-    4  # random mixtures of feature blocks in a Kronecker slice: half of them are half the products (docs/defaults.md)
-)
+MIXTURES = 4  # of blocks of features in a Kronecker slice: half of them are half the products (docs/defaults.md)
 
 
 def slice_views(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -40,15 +39,11 @@ def factorise_gram(gram: Tensor, ridge: float, coefficients: Numbers) -> tuple[T
 def _factorise(matrices: Sequence[Tensor], coefficients: Numbers) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Of A = I + matrix: the sum of coefficients times log dets, the log dets (2, 1), coefficients times inverses.
 
-    Only lower triangles are read. Where a factorisation fails all is NaN: asking on the host would wait, and LAPACK
-    and cuSOLVER leave finite numbers.
+    Only lower triangles are read. Where a factorisation fails all is NaN.
     """
-    log_dets, inverses = [], []
-    for matrix, coefficient in zip(matrices, coefficients, strict=True):
+    for matrix in matrices:
         matrix.diagonal().add_(1)
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        factor.diagonal().masked_fill_(info != 0, math.nan)
-        log_dets.append(2 * factor.diagonal().log().sum())
-        inverses.append(torch.cholesky_inverse(factor).mul_(coefficient))
+    log_dets, inverses = covariance.cholesky([matrix[None] for matrix in matrices], [0, 0], tuple(coefficients))
     total, within = (c * log_det for c, log_det in zip(coefficients, log_dets, strict=True))
-    return total + within, torch.stack(log_dets)[:, None], inverses
+    loss = total + within
+    return loss, log_dets[:, None], [inverse[0].add_(loss, alpha=0) for inverse in inverses]

@@ -20,7 +20,7 @@ from mmi_loss.ops.triton.moments import _column_sums_kernel, _moments_backward_k
 from mmi_loss.ops.triton.projection import _project_backward_kernel, _project_kernel
 
 PROGRAMS = 256  # fill a large GPU about twice
-SMALLEST_VARIANCE = torch.finfo(torch.float32).tiny ** covariance.SMALLEST_VARIANCE
+SMALLEST_VARIANCE = torch.finfo(torch.float32).tiny ** covariance.UNDERFLOW_POWER
 RELATIVE_RESOLUTION = covariance.ROUNDINGS * torch.finfo(torch.float32).eps
 Gradients = Sequence[Tensor | None]
 
