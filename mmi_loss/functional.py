@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from itertools import combinations, repeat
-from operator import itemgetter
+from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -145,7 +144,8 @@ def _estimate(views: Sequence[Tensor], step: int | Tensor, options: Options) -> 
         # Second moments and determinants of half precision numbers overflow or lose the signal.
         with torch.autocast(device, enabled=False):
             return _estimate(views, step, options)
-    is_plain = options.impl != "triton" and (torch._C._are_functorch_transforms_active() or _is_exporting())
+    is_plain = _is_exporting() or not (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active())
+    is_plain &= options.impl != "triton"
     if options.impl == "reference" or is_plain:
         # torch.func's transforms do not know closed forms, and torch.export loses them: torch differentiates the plain.
         if gathers:
@@ -174,7 +174,7 @@ def _eager_estimate(
             views, options.slice_dim, options.num_slices, options.block_dim, step, options.seed, dtype
         )
     else:
-        views = tuple(map(Tensor.to, views, repeat(dtype)))
+        views = [z.to(dtype) for z in views]
         if options.num_slices > 1 and not is_traced:
             checks.warn_without_slices(options.num_slices, options.slice_dim, views[0].shape[1])
     shared, samples = None, views[0].shape[-2]
@@ -194,18 +194,19 @@ def _eager_estimate(
         noises.append(noise)
     is_computed = is_sliced and options.slice_kind != "coordinates"
     for group in combinations(range(len(views)), 2) if row.is_pairwise else [tuple(range(len(views)))]:
-        take = itemgetter(*group)
-        chosen, noise, columns = take(views), noises[group[0]], widths[0]
+        chosen, noise, columns = [views[i] for i in group], noises[group[0]], widths[0]
         if not row.is_pooled:
-            columns = sum(take(widths))
-            if widths[group[0]] != widths[group[1]]:
-                floors = torch.stack([torch.as_tensor(n, dtype=dtype, device=chosen[0].device) for n in take(noises)])
-                noise = floors.repeat_interleave(torch.tensor(take(widths), device=floors.device), output_size=columns)
+            widths_of_group = [widths[i] for i in group]
+            columns = sum(widths_of_group)
+            if widths_of_group[0] != widths_of_group[-1]:
+                floors = torch.stack([torch.as_tensor(noises[i], dtype=dtype, device=chosen[0].device) for i in group])
+                repeats = torch.tensor(widths_of_group, device=floors.device)
+                noise = floors.repeat_interleave(repeats, output_size=columns)
         # The rows of the other ranks are not here: shared statistics are covariances.
         if shared is None and len(group) * samples < columns:
             estimates.append(gram_loss(row, noise, options.log_det, chosen, is_computed))
         else:
-            of_group = shared and shared._replace(means=take(shared.means))
+            of_group = shared and Shared(shared.samples, [shared.means[i] for i in group], shared.reduce)
             estimates.append(CovarianceLoss.apply(row, noise, options.log_det, of_group, is_computed, *chosen))
     value, log_dets = estimates[0]
     if len(estimates) > 1:

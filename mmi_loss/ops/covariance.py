@@ -179,17 +179,19 @@ class CovarianceLoss(torch.autograd.Function):
         )
         coefficients = []
         for first, last in objective.moments if objective.is_pooled else [(0, 1)]:
-            row, degrees = [0.0] * parts, len(range(parts)[first:last])
+            row = [0.0] * parts
+            degrees = len(row[first:last])
             row[first:last] = [parts / degrees] * degrees
             coefficients.append(row)
         signal = _combine(products, coefficients).mul_(n.unsqueeze(-1) * n.unsqueeze(-2))
         matrices = signal.clone()
         matrices.diagonal(dim1=-2, dim2=-1).add_(1)
+        weights = objective.weights
         if objective.is_pooled:
-            log_dets, (factor,) = log_det([matrices], [0], objective.weights)
+            log_dets, (factor,) = log_det([matrices], [0], weights)
         else:
             log_dets, factor = _of_blocks(matrices, log_det, objective, [z.shape[-1] for z in views])
-        loss = weighted_sum(log_dets, objective.weights)
+        loss = weighted_sum(log_dets, weights)
 
         # The factors of F_j = w_j A_j^-1 / 2 and of dU_i = 2 U_i dP_i cancel. The loss is the mean over slices; where
         # it is NaN, so is every gradient.
@@ -219,15 +221,17 @@ class CovarianceLoss(torch.autograd.Function):
 
 def _combine(matrices: Tensor, coefficients: Sequence[Sequence[float]]) -> Tensor:
     """Weighted sums over the first dimension, one for each row of coefficients; zero weights cost nothing."""
-    parts = matrices.unbind()
-    combined = matrices.new_empty((len(coefficients), *matrices.shape[1:]))
-    for out, row in zip(combined.unbind(), coefficients, strict=True):
-        is_empty = True
-        for matrix, weight in zip(parts, row, strict=True):
-            if weight:
-                torch.mul(matrix, weight, out=out) if is_empty else out.add_(matrix, alpha=weight)
-                is_empty = False
-    return combined
+    parts, sums, buffer = matrices.unbind(), [], None
+    if not torch.compiler.is_compiling():
+        buffer = matrices.new_empty((len(coefficients), *matrices.shape[1:]))
+    for j, row in enumerate(coefficients):
+        out = None if buffer is None else buffer[j]
+        (first, weight), *others = [(part, weight) for part, weight in zip(parts, row, strict=True) if weight]
+        total = torch.mul(first, weight, out=out)
+        for part, weight in others:
+            total = torch.add(total, part, alpha=weight, out=out)
+        sums.append(total)
+    return torch.stack(sums) if buffer is None else buffer
 
 
 def _of_blocks(matrices: Tensor, log_det: LogDet, objective: Objective, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
