@@ -14,6 +14,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mmi_loss import checks, distributed, reference
@@ -94,17 +95,13 @@ def components(views: Sequence[Tensor], step: int | Tensor, options: Options) ->
 def noise_floor(options: Options, dim: int, samples: int | Tensor, dtype: torch.dtype) -> float | Tensor:
     """The noise under ``dim`` features in a determinant of a batch, in units of feature variance: our reading.
 
-    Adding ``noise * I`` is mutual information in the presence of isotropic noise. With ``noise = dim / snr`` the total
-    variance of the embedding, ``dim``, is ``snr`` times the noise in one direction: about ``snr`` directions can rise
-    above it, however wide the projector. ``samples`` points span no more directions than they are, and what rises above
-    the noise in others is chance: hence ``noise = dim / min(snr, samples)``.
-
-    It also bounds the exact loss: log(1 + x) <= x, so that half of log det(I + M / noise) is at most half of
-    tr M / noise, ``snr / 2`` nats, for every width and slice: more than any data set holds (images drawn from a million
-    are told apart by 14), and little enough that chance cannot fill it: unrelated Gaussian views of 512 features show,
-    on the default slice, 2.2 nats in 64 samples and 0.7 in 256; at a ridge of 0.01, 78 and 10.
-
-    ``samples`` in a tensor, as counted over all ranks, gives a tensor: reading it would wait for the device.
+    With ``noise = dim / snr`` the total variance of the embedding, ``dim``, is ``snr`` times the noise in one
+    direction: about ``snr`` directions can rise above it, however wide the projector. ``samples`` points span no more
+    directions than they are, and what rises above the noise in others is chance: ``noise = dim / min(snr, samples)``.
+    It also bounds the exact loss by ``snr / 2`` nats: log(1 + x) <= x, so half of log det(I + M / noise) is at most
+    half of tr M / noise. That is more than data hold (a million images are told apart by 14), and chance cannot fill
+    it: unrelated Gaussian views of 512 features show, on the default slice, 2.2 nats in 64 samples and 0.7 in 256; at a
+    ridge of 0.01, 78 and 10. ``samples`` in a tensor gives a tensor: reading it would wait for the device.
     """
     # Rounding perturbs the spectrum of a dim x dim correlation matrix by about dim * eps; a floor below that would make
     # singular matrices indefinite.
@@ -156,7 +153,9 @@ def _estimate(views: Sequence[Tensor], step: int | Tensor, options: Options) -> 
     if options.impl == "triton" or (AUTO_TRITON and options.impl == "auto" and device == "cuda"):
         refusal = triton.refusal(views, options, gathers)
         if refusal is None:
-            return _triton_estimate(views[0], views[1], step, options)
+            width = min(views[0].shape[1], options.slice_dim or views[0].shape[1])
+            noise = float(noise_floor(options, width, len(views[0]), torch.float32))
+            return _Estimate(*triton.content_loss(views[0], views[1], step, options, noise), [width] * 2, [noise] * 2)
         if options.impl == "triton":
             raise ValueError(f"impl='triton' cannot compute this loss: {refusal}. impl='eager' computes every loss")
     return _eager_estimate(views, step, options, dtype, gathers)
@@ -226,14 +225,7 @@ def _gather(
         few = columns / (2 if options.row.is_pairwise else len(views))
     shared, sizes = distributed.share(views, widths, options.fingerprint, step, group, few)
     if few is None:
-        return views, shared, views[0].shape[-2] * distributed.world_size(group)
+        return views, shared, views[0].shape[-2] * dist.get_world_size(group)
     if shared is None:
         views = [distributed.Concatenate.apply(z, sizes, group) for z in views]
     return views, shared, sum(sizes)
-
-
-def _triton_estimate(z_a: Tensor, z_b: Tensor, step: Tensor, options: Options) -> _Estimate:
-    width = min(z_a.shape[1], options.slice_dim or z_a.shape[1])
-    noise = float(noise_floor(options, width, len(z_a), torch.float32))
-    value, log_dets = triton.content_loss(z_a, z_b, step, options, noise)
-    return _Estimate(value, log_dets.detach(), [width] * 2, [noise] * 2)

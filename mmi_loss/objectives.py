@@ -14,7 +14,6 @@ parts are of two kinds:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 Weights = tuple[float, ...]
 
@@ -32,12 +31,11 @@ class Objective:
     entropy_a: Weights
     entropy_b: Weights
     conditional_entropy: Weights
+    weights: Weights = ()  # in twice the loss, -2 I = 2 H(Z_a | .) - 2 H(Z_a): they follow
 
-    @cached_property
-    def weights(self) -> Weights:
-        """Of the log-determinants in twice the loss, -2 I = 2 H(Z_a | .) - 2 H(Z_a)."""
+    def __post_init__(self) -> None:
         pairs = zip(self.conditional_entropy, self.entropy_a, strict=True)
-        return tuple([conditional - entropy for conditional, entropy in pairs])
+        object.__setattr__(self, "weights", tuple(conditional - entropy for conditional, entropy in pairs))
 
 
 _content, _exchangeable, _joint = ((0, None), (1, None)), ((0, None), (0, 1), (1, None)), ((0, 1), (1, None), (0, None))
