@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.data import Task
-from benchmarks.data.views import Augmentation, PairsOfCrops, plain_batches
+from benchmarks.data.images import Augmentation, Labelled, task
 
-SIZE = 28
 NUM_CLASSES = 10
 NUM_TRAIN = 12_000
 """Of 60,000: enough that more would not change the order of methods at some hundred steps."""
@@ -41,8 +40,8 @@ def read(path: Path) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape).copy())
 
 
-def split(path: Path, name: str) -> tuple[Tensor, Tensor]:
-    """Images (n, 1, SIZE, SIZE) and labels (n,) of ``train`` or ``t10k``."""
+def split(path: Path, name: str) -> Labelled:
+    """Images (n, 1, 28, 28) and labels (n,) of ``train`` or ``t10k``."""
     found = []
     for kind in ("images-idx3", "labels-idx1"):
         files = [path / folder / f"{name}-{kind}-ubyte{end}" for folder in FOLDERS for end in (".gz", "")]
@@ -63,16 +62,6 @@ def balanced(labels: Tensor, size: int) -> Tensor:
 def load(path: Path | None, num_train: int = NUM_TRAIN) -> Task:
     """A class-balanced part of the training images, all test images; by default from where Debian installs them."""
     path = path or Path("/") / DEBIAN
-    (images, labels), (test_images, test_labels) = split(path, "train"), split(path, "t10k")
+    images, labels = split(path, "train")
     chosen = balanced(labels, min(num_train, len(labels)))
-    images, labels = images[chosen], labels[chosen]
-    return Task(
-        name="photographs",
-        num_classes=NUM_CLASSES,
-        channels=1,
-        image_size=SIZE,
-        num_images=len(images),
-        pretrain_batches=lambda batch_size, seed: PairsOfCrops(images, labels, batch_size, seed, AUGMENTATION),
-        train=lambda: plain_batches(images, labels),
-        test=lambda: plain_batches(test_images, test_labels),
-    )
+    return task("photographs", NUM_CLASSES, (images[chosen], labels[chosen]), split(path, "t10k"), AUGMENTATION)

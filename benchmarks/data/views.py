@@ -1,20 +1,17 @@
-"""Pairs of views: drawn once, kept and paired at random, or drawn anew for every batch of images.
+"""Views that are drawn once, kept, and paired at random: what the embedded tasks share.
 
-Views that are slow to draw are drawn once, so that they cost nothing next to training. Random crops of small images
-are drawn for a whole batch at once, in some hundredths of a second. Either way every method sees the same ones.
+A batch takes two views per image; drawing them once makes them cost nothing next to training, and every method sees
+the same ones.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 Batch = tuple[list[Tensor], Tensor]
@@ -64,57 +61,3 @@ class PairsOfViews(Iterable[Batch]):
     def _pair(self, images: Tensor, generator: torch.Generator) -> list[Tensor]:
         first, second = torch.rand(len(images), self.views.shape[1], generator=generator).topk(2, dim=1).indices.T
         return [self.views[images, first].float(), self.views[images, second].float()]
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Random resized crops (Szegedy et al. 2015), flips, brightness and contrast; one draw for every image of a batch.
-
-    torchvision draws once for a batch: one image at a time, two views of 256 cost it more than a training step here.
-    """
-
-    area: tuple[float, float]
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: bool = False
-    slant: float = 0.0
-    jitter: float = 0.0
-
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """A view (n, C, H, W) in [0, 1] of each of the ``images`` (n, C, H, W) in [0, 1]."""
-        n = len(images)
-
-        def uniform(low: float, high: float) -> Tensor:
-            return low + (high - low) * torch.rand(n, generator=generator)
-
-        area, ratio = uniform(*self.area), uniform(*map(math.log, self.ratio)).exp()
-        width, height = ((area * r).sqrt().clamp(max=1) for r in (ratio, 1 / ratio))
-        matrix = torch.zeros(n, 2, 3)
-        matrix[:, 0, 0] = width * (uniform(-1, 1).sign() if self.flip else 1)
-        matrix[:, 1, 1] = height
-        matrix[:, 0, 1] = uniform(-self.slant, self.slant)
-        matrix[:, 0, 2], matrix[:, 1, 2] = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
-        grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
-        views = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-        if self.jitter:
-            brightness, contrast = (uniform(1 - self.jitter, 1 + self.jitter).view(n, 1, 1, 1) for _ in range(2))
-            mean = views.mean((1, 2, 3), keepdim=True)
-            views = (((views - mean) * contrast + mean) * brightness).clamp(0, 1)
-        return views
-
-
-class PairsOfCrops(PairsOfViews):
-    """The same of 8-bit images (images, C, H, W), augmented anew for every batch."""
-
-    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, seed: int, augment: Augmentation) -> None:
-        super().__init__(images, labels, batch_size, seed)
-        self.augment = augment
-
-    def _pair(self, images: Tensor, generator: torch.Generator) -> list[Tensor]:
-        plain = self.views[images].float() / 255
-        return [self.augment(plain, generator) for _ in range(2)]
-
-
-def plain_batches(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """8-bit images as they are, in [0, 1], with their labels."""
-    for part in torch.arange(len(images)).split(EVALUATION_BATCH):
-        yield images[part].float() / 255, labels[part]
