@@ -1,16 +1,14 @@
-"""Characters as classes, type designs as what varies: several hundred classes of 28 x 28 grey images.
+"""Several hundred characters as classes, type designs as what varies: 28 x 28 grey images.
 
-A class is a character, an image is that character in one design: a family in one weight and slant. The query's designs
-are not in training and bank. By default they are of the fonts that matplotlib ships: DejaVu Sans, Sans Mono and Serif
-and STIX, one style each. Views are mild random crops, slanted, never flipped: a mirrored character is another one.
+An image is a character in one design: a family in one weight and slant. The query's designs are not in training and
+bank. By default they are of the fonts that matplotlib ships: DejaVu Sans, Sans Mono and Serif and STIX, one style each.
+Views are mild random crops, slanted, never flipped: a mirrored character is another one.
 """
 
 from __future__ import annotations
 
-import sys
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -26,35 +24,37 @@ from benchmarks.data.images import Augmentation, task
 
 SIZE, EM, BASELINE = 28, 20, 21  # pixels; the baseline's are from the top
 MIN_CLASSES, MAX_CLASSES, MIN_DESIGNS, MAX_DESIGNS = 500, 800, 15, 32
-MIN_COMMON = 600  # Latin, Greek and Cyrillic share glyphs: some characters look alike and are left out
+MIN_COMMON = 680  # some are left out: Latin, Greek and Cyrillic share glyphs, styles share signs
 QUERY_EVERY = 5  # families mostly have four styles: the query gets a different one of each
-VISIBLE = "LNPS"  # Unicode's letters, numbers, punctuation, symbols
 AUGMENTATION = Augmentation(area=(0.8, 1.0), slant=0.3, jitter=0.4)
-REMEDY = """{} fonts of {} give {} designs that share {} characters; glyphs needs {} that share {}. On Debian get more by
-    apt-get download fonts-freefont-ttf fonts-noto-core fonts-roboto-unhinted fonts-sil-gentiumplus
-    for package in fonts-*.deb; do dpkg -x $package DIR; done
-and named by: compare --fonts DIR, or demo --data glyphs DIR."""
+REMEDY = """{} fonts of {} give {} designs that share {} characters; glyphs needs {} that share {}. On Debian get more:
+    apt-get download fonts-freefont-ttf fonts-noto-core fonts-sil-gentiumplus && for f in *.deb; do dpkg -x $f DIR; done
+and name the folder: compare --fonts DIR, or demo --data glyphs DIR."""
 
 
-def designs(paths: Sequence[Path]) -> tuple[list[Path], list[int]]:
-    """The fonts to take, in the order of their names, and the visible characters that all of them have.
+def shipped() -> list[Path]:
+    """The fonts of matplotlib that have letters."""
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    return sorted([*folder.glob("DejaVu*.ttf"), *folder.glob("STIXGeneral*.ttf")])
 
-    Of every family the font that has most comes first, then the second of each, as long as enough is common to all.
+
+def designs(paths: list[Path]) -> tuple[list[Path], list[int]]:
+    """The fonts to take, in the order of their names, and the letters, numbers, signs and symbols all of them have.
+    Each family's font that has most comes first, then the second of each, as long as enough is common.
     """
     fonts = {p: FT2Font(str(p)) for p in paths}
-    has = {p: {c for c in fonts[p].get_charmap() if unicodedata.category(chr(c))[0] in VISIBLE} for p in paths}
+    has = {p: {c for c in fonts[p].get_charmap() if unicodedata.category(chr(c))[0] in "LNPS"} for p in paths}
     families: dict[str, list[Path]] = defaultdict(list)
     for p in sorted(paths, key=lambda p: (-len(has[p]), p.name)):
         families[fonts[p].family_name].append(p)
-    chosen, common = [], set(range(sys.maxunicode))
+    chosen, common = [], set(range(0x110000))
     for p in filter(None, chain(*zip_longest(*families.values()))):
         if len(common & has[p]) >= MIN_COMMON and len(chosen) < MAX_DESIGNS:
-            chosen.append(p)
-            common &= has[p]
+            chosen, common = [*chosen, p], common & has[p]
     return sorted(chosen, key=lambda p: p.name), sorted(common)
 
 
-def render(path: Path, code_points: Sequence[int]) -> Tensor:
+def render(path: Path, code_points: list[int]) -> Tensor:
     """8-bit images (characters, 1, SIZE, SIZE) by Pillow, all at one size, on one baseline, in the middle."""
     font = ImageFont.truetype(str(path), EM, layout_engine=ImageFont.Layout.BASIC)
     canvases = [Image.new("L", (SIZE, SIZE)) for _ in code_points]
@@ -64,23 +64,20 @@ def render(path: Path, code_points: Sequence[int]) -> Tensor:
 
 
 def distinct(images: Tensor) -> list[int]:
-    """Characters of ``images`` (designs, characters, ...) that are blank in no design and like an earlier one in none."""
-    seen, kept = {(design, bytes(SIZE**2)) for design in range(len(images))}, []
+    """Characters of ``images`` (designs, characters, ...) that each design draws its own way, unlike all before."""
+    seen, kept = {bytes(SIZE**2)}, []
     for character in range(images.shape[1]):
-        drawn = {(design, image[character].numpy().tobytes()) for design, image in enumerate(images)}
-        if not drawn & seen:
+        drawn = {image[character].numpy().tobytes() for image in images}
+        if len(drawn) == len(images) and not drawn & seen:
             kept.append(character)
-            seen |= drawn
+        seen |= drawn
     return kept
 
 
-def load(folders: Sequence[Path] = ()) -> Task:
+def load(folders: list[Path] | None = None) -> Task:
     """Every fifth design in the order of file names makes the query, the others training and bank."""
-    found = [p for folder in folders for p in folder.rglob("*.[to]tf")]
-    if not folders:
-        shipped = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-        found = [*shipped.glob("DejaVu*.ttf"), *shipped.glob("STIXGeneral*.ttf")]  # the others are mathematics
-    paths = list({p.name: p for p in sorted(found)}.values())  # a font in two folders is one design
+    found = [p for folder in folders for p in sorted(folder.rglob("*.[to]tf"))] if folders else shipped()
+    paths = list({p.name: p for p in found}.values())  # a font in two folders is one design
     chosen, common = designs(paths)
     images = torch.stack([render(p, common) for p in chosen]) if chosen else torch.zeros(0, 0)
     kept = distinct(images)[:MAX_CLASSES]
@@ -88,6 +85,6 @@ def load(folders: Sequence[Path] = ()) -> Task:
         where = ", ".join(map(str, folders)) or "matplotlib"
         raise SystemExit(REMEDY.format(len(paths), where, len(chosen), len(kept), MIN_DESIGNS, MIN_CLASSES))
     is_query = torch.arange(len(chosen)) % QUERY_EVERY == 0
-    parts = [images[mask][:, kept] for mask in (~is_query, is_query)]
+    parts = images[~is_query][:, kept], images[is_query][:, kept]
     bank, query = [(part.flatten(0, 1), torch.arange(len(kept)).repeat(len(part))) for part in parts]
     return task("glyphs", len(kept), bank, query, AUGMENTATION)
