@@ -119,8 +119,15 @@ def cells(options: argparse.Namespace, rates: dict[tuple[str, str], float], seed
     corners = [size for size in every if size not in across]
     core = [m for m in options.methods if m in (*CORE, *RIVALS)]
     others = [m for m in options.methods if m in SECONDARY]
-    references = [m for m in options.methods if m in REFERENCES]
-    passes = [(references, across[:1] or every[:1]), (core, across), (core, corners), (others, every)]
+    fixed = [m for m in options.methods if m in grid.FIXED]
+    supervised = [m for m in options.methods if m == grid.SUPERVISED]
+    passes = [
+        (fixed, every[:1]),
+        (supervised, across[:1] or every[:1]),
+        (core, across),
+        (core, corners),
+        (others, every),
+    ]
     chosen = []
     for seed in range(seeds):
         for methods, sizes in passes:

@@ -34,8 +34,8 @@ and name the folder: compare --fonts DIR, or demo --data glyphs DIR."""
 
 def shipped() -> list[Path]:
     """The fonts of matplotlib that have letters."""
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    return sorted([*folder.glob("DejaVu*.ttf"), *folder.glob("STIXGeneral*.ttf")])
+    fonts = (Path(matplotlib.get_data_path()) / "fonts" / "ttf").glob("*.ttf")
+    return sorted(p for p in fonts if p.name.startswith(("DejaVu", "STIXGeneral")))
 
 
 def designs(paths: list[Path]) -> tuple[list[Path], list[int]]:
@@ -47,7 +47,8 @@ def designs(paths: list[Path]) -> tuple[list[Path], list[int]]:
     families: dict[str, list[Path]] = defaultdict(list)
     for p in sorted(paths, key=lambda p: (-len(has[p]), p.name)):
         families[fonts[p].family_name].append(p)
-    chosen, common = [], set(range(0x110000))
+    chosen: list[Path] = []
+    common = set(range(0x110000))
     for p in filter(None, chain(*zip_longest(*families.values()))):
         if len(common & has[p]) >= MIN_COMMON and len(chosen) < MAX_DESIGNS:
             chosen, common = [*chosen, p], common & has[p]
@@ -60,7 +61,7 @@ def render(path: Path, code_points: list[int]) -> Tensor:
     canvases = [Image.new("L", (SIZE, SIZE)) for _ in code_points]
     for canvas, code_point in zip(canvases, code_points, strict=True):
         ImageDraw.Draw(canvas).text((SIZE / 2, BASELINE), chr(code_point), 255, font, anchor="ms")
-    return torch.from_numpy(np.stack(canvases))[:, None]
+    return torch.from_numpy(np.stack([np.asarray(canvas) for canvas in canvases]))[:, None]
 
 
 def distinct(images: Tensor) -> list[int]:
@@ -82,9 +83,9 @@ def load(folders: list[Path] | None = None) -> Task:
     images = torch.stack([render(p, common) for p in chosen]) if chosen else torch.zeros(0, 0)
     kept = distinct(images)[:MAX_CLASSES]
     if len(kept) < MIN_CLASSES or len(chosen) < MIN_DESIGNS:
-        where = ", ".join(map(str, folders)) or "matplotlib"
+        where = ", ".join(map(str, folders or ())) or "matplotlib"
         raise SystemExit(REMEDY.format(len(paths), where, len(chosen), len(kept), MIN_DESIGNS, MIN_CLASSES))
     is_query = torch.arange(len(chosen)) % QUERY_EVERY == 0
-    parts = images[~is_query][:, kept], images[is_query][:, kept]
-    bank, query = [(part.flatten(0, 1), torch.arange(len(kept)).repeat(len(part))) for part in parts]
+    parts = (images[which][:, kept] for which in (~is_query, is_query))
+    bank, query = ((part.flatten(0, 1), torch.arange(len(kept)).repeat(len(part))) for part in parts)
     return task("glyphs", len(kept), bank, query, AUGMENTATION)
