@@ -1,4 +1,4 @@
-"""Methods x projector widths x batch sizes x seeds on the three embedded tasks, under one budget.
+"""Methods x projector widths x batch sizes x seeds on small tasks, embedded ones or real images, under one budget.
 
 Every method gets the same backbone, projector, views, steps and optimiser (AdamW), its loss with its library's
 published settings, and the best learning rate of a grid of its own (one cell per task, a seed that is not compared).
@@ -16,18 +16,24 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import environment, grid, report
+from benchmarks import data, environment, grid, report
 from benchmarks.grid import Cell
 
 TASKS = ("digits", "clutter", "latent")
+REAL_TASKS = ("photographs", "glyphs")
 DIMS = (64, 128, 512, 2048, 8192)
 BATCH_SIZES = (32, 64, 128, 256, 512, 1024)
 CORE = ("mmi", "vicreg_fast", "barlow_twins_fast", "simclr", "lejepa")
 SECONDARY = ("mmi_exchangeable", "mmi_joint", "mmi_joint_all", "mmi_paper", "frossl", "wmse")
 METHODS = (grid.UNTRAINED, *CORE, *SECONDARY)
+REFERENCES = (grid.UNTRAINED, grid.PIXELS, grid.SUPERVISED)
+"""What does not depend on the loss, once per task."""
+
+RIVALS = ("visreg", "visreg_09", "simclr_02", "simclr_01", "mmcr")
+"""Methods on demand, in every cell."""
 SECONDARY_CELLS = ((512, 256), (2048, 64))
 WMSE_CELLS = ((128, 256), (128, 512))
-STEPS = {"digits": 150, "clutter": 150, "latent": 200}
+STEPS = {"digits": 150, "clutter": 150, "latent": 200, "photographs": 300, "glyphs": 300}
 """Optimiser steps at N = 256; others take 16 / sqrt(N) times as many, between equal steps and equal epochs."""
 
 BEHIND = 0.05
@@ -44,8 +50,14 @@ TUNING_CELL = (512, 256)
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command's options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks compare", description=__doc__)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--tasks", nargs="+", choices=(*TASKS, *REAL_TASKS), default=list(TASKS), metavar="TASK")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=list(dict.fromkeys((*METHODS, *REFERENCES, *RIVALS))),
+        default=list(METHODS),
+        metavar="METHOD",
+    )
     parser.add_argument("--dims", nargs="+", type=int, default=list(DIMS), help="widths D of the projector")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=list(BATCH_SIZES))
     parser.add_argument("--seeds", type=int, default=3)
@@ -56,7 +68,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="single-threaded processes")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder for results, report and cache")
     parser.add_argument("--report", action="store_true", help="only draw the report of finished runs")
-    return parser.parse_args(arguments)
+    parser.add_argument("--photographs", metavar="DIR", help="folder of Fashion-MNIST (docs/data.md)")
+    parser.add_argument("--num-photographs", type=int, help="of 60,000, to train on (default 12000)")
+    parser.add_argument("--fonts", nargs="+", metavar="DIR", help="folders of fonts for glyphs, not matplotlib's")
+    options = parser.parse_args(arguments)
+    data.configure(options.photographs, options.num_photographs, options.fonts)
+    return options
 
 
 def main(arguments: list[str]) -> None:
@@ -100,10 +117,17 @@ def cells(options: argparse.Namespace, rates: dict[tuple[str, str], float], seed
     every = [(dim, batch_size) for dim in options.dims for batch_size in options.batch_sizes]
     across = [size for size in every if size[0] == TUNING_CELL[0] or size[1] == TUNING_CELL[1]]
     corners = [size for size in every if size not in across]
-    core = [m for m in options.methods if m in CORE]
+    core = [m for m in options.methods if m in (*CORE, *RIVALS)]
     others = [m for m in options.methods if m in SECONDARY]
-    untrained = [m for m in options.methods if m == grid.UNTRAINED]
-    passes = [(untrained, every[:1]), (core, across), (core, corners), (others, every)]
+    fixed = [m for m in options.methods if m in grid.FIXED]
+    supervised = [m for m in options.methods if m == grid.SUPERVISED]
+    passes = [
+        (fixed, every[:1]),
+        (supervised, across[:1] or every[:1]),
+        (core, across),
+        (core, corners),
+        (others, every),
+    ]
     chosen = []
     for seed in range(seeds):
         for methods, sizes in passes:
@@ -113,7 +137,7 @@ def cells(options: argparse.Namespace, rates: dict[tuple[str, str], float], seed
                         continue
                     for task in options.tasks:
                         budget = steps(task, batch_size, options.steps)
-                        tries = [] if method == grid.UNTRAINED else options.rates
+                        tries = [] if method in grid.FIXED else options.rates
                         for rate in tries or [rates.get((task, method), 0.0)]:
                             chosen.append(Cell(task, method, dim, batch_size, seed, rate, budget))
     return chosen
@@ -152,7 +176,7 @@ def tune(options: argparse.Namespace, path: Path, console: Console) -> dict[tupl
     own losses are left at the coarse grid, so that what the search leaves to chance is to the baselines' advantage.
     """
     tried = {
-        (task, method): list(RATES) for method in options.methods for task in options.tasks if method != grid.UNTRAINED
+        (task, method): list(RATES) for method in options.methods for task in options.tasks if method not in grid.FIXED
     }
 
     def measure() -> dict[tuple[str, str], float]:

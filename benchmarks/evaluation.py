@@ -31,7 +31,7 @@ def features_of(backbone: nn.Module, task: Task) -> tuple[Features, Features]:
     """Features and labels of the training and the test images, by the backbone in evaluation mode."""
     was_training = backbone.training
     backbone.eval()
-    device = next(backbone.parameters()).device
+    device = next(backbone.parameters(), torch.empty(0)).device  # raw pixels have no parameters
 
     @torch.inference_mode()
     def extract(batches: Iterable[tuple[Tensor, Tensor]]) -> Features:
@@ -65,8 +65,11 @@ def linear_accuracy(train: Features, test: Features) -> float:
 def information(head: nn.Module, test: Features, task: Task) -> dict[str, float]:
     """Mutual information, in nats, of two views of held-out images in a fixed slice of the projections.
 
-    Plug-in and bias-corrected estimate, and the effective rank of the projections.
+    Plug-in and bias-corrected estimate, and the effective rank of the projections. Nothing where the evaluated images
+    are no views.
     """
+    if task.views_per_image < 2:
+        return {}
     z_a, z_b = _projected_pairs(head, test, task)
     if not (z_a.isfinite().all() and z_b.isfinite().all()):
         return {}
@@ -81,7 +84,7 @@ def information(head: nn.Module, test: Features, task: Task) -> dict[str, float]
 def measures(head: nn.Module | None, train: Features, test: Features, task: Task) -> dict[str, Any]:
     """Spectra and effective ranks of features and projections, and which latent factors the features keep."""
     found: dict[str, Any] = {"features": _spectrum(test[0])}
-    if head is not None:
+    if head is not None and task.views_per_image > 1:
         found["projections"] = _spectrum(_projected_pairs(head, test, task)[0])
     if task.factors is not None:
         found["factors"] = dict(zip(task.factors.names, _factor_r2(train[0], test[0], task.factors), strict=True))
@@ -91,8 +94,6 @@ def measures(head: nn.Module | None, train: Features, test: Features, task: Task
 @torch.inference_mode()
 def _projected_pairs(head: nn.Module, features: Features, task: Task) -> tuple[Tensor, Tensor]:
     """The projections of the first two views of up to MEASURED_PAIRS images, by the head in evaluation mode."""
-    if task.views_per_image < 2:
-        raise ValueError(f"task {task.name!r} has no second view of its evaluated images to compare with")
     per_image = features[0].unflatten(0, (-1, task.views_per_image))[:MEASURED_PAIRS]
     was_training = head.training
     head.eval()

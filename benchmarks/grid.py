@@ -36,17 +36,19 @@ from benchmarks.methods import METHODS
 from mmi_loss import MMILoss
 
 HIDDEN_DIM = 512
-BACKBONES = {"digits": "tiny", "clutter": "tiny", "latent": "mlp"}
-UNTRAINED, SUPERVISED = "untrained", "supervised"
+BACKBONES = {"digits": "tiny", "clutter": "tiny", "latent": "mlp", "photographs": "residual", "glyphs": "residual"}
+UNTRAINED, PIXELS, SUPERVISED = "untrained", "pixels", "supervised"
+FIXED = (UNTRAINED, PIXELS)
+"""Without training."""
 
 
 @dataclass(frozen=True)
 class Cell:
     """One run: a task, a method, and all that decides its outcome.
 
-    ``method`` is a name of :data:`benchmarks.methods.METHODS`, ``"untrained"`` or ``"supervised"``; with ``options``,
-    any label of ``MMILoss(**options)``, or of the one of :data:`benchmarks.estimators.ESTIMATORS` that the option
-    ``estimator`` names. ``learning_rate`` is AdamW's.
+    ``method`` is a name of :data:`benchmarks.methods.METHODS`, ``"untrained"``, ``"pixels"`` or ``"supervised"``; with
+    ``options``, any label of ``MMILoss(**options)``, or of the one of :data:`benchmarks.estimators.ESTIMATORS` that the
+    option ``estimator`` names. ``learning_rate`` is AdamW's.
     """
 
     task: str
@@ -62,7 +64,7 @@ class Cell:
     @property
     def key(self) -> str:
         """Names the cell in the CSV file; it changes with any of its fields."""
-        content = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        content = json.dumps(dataclasses.asdict(self), sort_keys=True) + data.variant(self.task)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     def criterion(self) -> Callable[[bool], nn.Module] | None:
@@ -75,7 +77,7 @@ class Cell:
             return lambda gather: MMILoss(**self.options, gather_distributed=gather)
         if self.method == SUPERVISED:
             return None
-        return METHODS["mmi" if self.method == UNTRAINED else self.method].criterion
+        return METHODS["mmi" if self.method in FIXED else self.method].criterion
 
 
 def missing(cells: Sequence[Cell], path: Path) -> list[Cell]:
@@ -167,11 +169,11 @@ def _run(cell: Cell, cache: Path) -> dict[str, Any]:
     warnings.filterwarnings("ignore", message=".*(does not have many workers|objective=|treespec|lr_scheduler).*")
     where = _environment()
     settings = training.Settings(
-        steps=0 if cell.method == UNTRAINED else cell.steps,
+        steps=0 if cell.method in FIXED else cell.steps,
         batch_size=cell.batch_size,
         projector_dim=cell.projector_dim,
         hidden_dim=HIDDEN_DIM,
-        backbone=BACKBONES[cell.task],
+        backbone=PIXELS if cell.method == PIXELS else BACKBONES[cell.task],
         optimizer="adamw",
         evaluations=cell.evaluations,
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightly.loss import BarlowTwinsLoss, FroSSLLoss, LeJEPALoss, NTXentLoss, VICRegLoss, WMSELoss
+from lightly.loss import BarlowTwinsLoss, FroSSLLoss, LeJEPALoss, MMCRLoss, NTXentLoss, VICRegLoss, VISRegLoss, WMSELoss
 from lightly.loss.lejepa_loss import SIGReg, lejepa_invariance_loss
 from torch import Tensor, nn
 
@@ -118,6 +118,21 @@ class FastLeJEPA(LeJEPA):
         self.sigreg = FastSIGReg()
 
 
+class VISReg(VISRegLoss):
+    """lightly's VISReg of two global views and no local ones."""
+
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        views = torch.stack([z_a, z_b])
+        return super().forward(local_proj=views[:0], global_proj=views)
+
+
+class MMCR(MMCRLoss):
+    """lightly's MMCR of two views by one network, which its forward calls online and momentum."""
+
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        return super().forward(z_a[:, None], z_b[:, None])
+
+
 class WMSE(nn.Module):
     """lightly's W-MSE, whitening over the whole batch: it needs N >= 2 D."""
 
@@ -173,5 +188,10 @@ METHODS = {
     "frossl": Method("FroSSL", lambda gather: FroSSL(), 16.0),
     "simclr": Method("SimCLR", lambda gather: NTXentLoss(gather_distributed=gather), 16.0),
     "lejepa": Method("LeJEPA", lambda gather: LeJEPA(gather_distributed=True) if gather else FastLeJEPA(), 16.0),
+    "simclr_02": Method("SimCLR, τ = .2", lambda gather: NTXentLoss(0.2, gather_distributed=gather), 16.0),
+    "simclr_01": Method("SimCLR, τ = .1", lambda gather: NTXentLoss(0.1, gather_distributed=gather), 16.0),
+    "visreg": Method("VISReg, λ = .6", lambda gather: VISReg(0.6, gather_distributed=gather), 16.0),
+    "visreg_09": Method("VISReg, λ = .9", lambda gather: VISReg(0.9, gather_distributed=gather), 16.0),
+    "mmcr": Method("MMCR", lambda gather: MMCR(), 16.0),
     "wmse": Method("W-MSE", lambda gather: WMSE(), 16.0),
 }

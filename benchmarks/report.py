@@ -21,6 +21,8 @@ Row = dict[str, str]
 CellName = tuple[str, int, int]
 """Task, D, N."""
 BASELINES = ("vicreg_fast", "barlow_twins_fast", "simclr", "lejepa", "frossl", "wmse")
+BASELINES += ("visreg", "visreg_09", "simclr_02", "simclr_01", "mmcr")
+REFERENCES = {grid.UNTRAINED: "untrained", grid.PIXELS: "raw pixels", grid.SUPERVISED: "supervised"}
 OURS = "mmi"
 METRICS = {"linear": "linear probe", "knn": "kNN"}
 
@@ -63,7 +65,7 @@ def interval(differences: Sequence[float]) -> Difference | None:
 
 def title(method: str) -> str:
     """A method's name in print."""
-    return {grid.UNTRAINED: "untrained"}.get(method) or METHODS[method].title
+    return REFERENCES.get(method) or METHODS[method].title
 
 
 def best_rates(rows: Iterable[Row], cells: Iterable[grid.Cell] | None = None) -> dict[tuple[str, str], float]:
@@ -100,13 +102,13 @@ class Results:
             for metric in METRICS:
                 self.values[name, row["method"], metric][int(row["seed"])] = float(row[metric])
         present = {row["method"] for row in rows}
-        self.methods = [m for m in (grid.UNTRAINED, *METHODS) if m in present]
+        self.methods = [m for m in (*REFERENCES, *METHODS) if m in present]
         self.tasks = list(dict.fromkeys(row["task"] for row in rows))
-        self.cells = sorted({name for name, method, _ in self.values if method != grid.UNTRAINED})
+        self.cells = sorted({name for name, method, _ in self.values if method not in REFERENCES})
 
     def of(self, cell: CellName, method: str, metric: str) -> dict[int, float]:
-        """Accuracy by seed. The untrained backbone is the same in every cell of a task."""
-        if method == grid.UNTRAINED:
+        """Accuracy by seed. References are the same in every cell of a task."""
+        if method in REFERENCES:
             cell = next((c for c, m, _ in self.values if m == method and c[0] == cell[0]), cell)
         return self.values.get((cell, method, metric), {})
 

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import pytorch_lightning as pl
@@ -25,6 +26,7 @@ WARMUP = 0.1
 WEIGHT_DECAY = 1e-6
 PLAIN_RATE = 0.0048 / 0.2
 ADAMW_RATE = 2e-3
+RESIDUAL_WIDTHS = (24, 48, 96, 192)
 
 
 @dataclass(frozen=True)
@@ -59,21 +61,42 @@ class Outcome:
     measures: dict[str, Any] = field(default_factory=dict)
 
 
+class _Residual(nn.Module):
+    """A basic block of ResNet (He et al. 2016) that halves the image."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(channels, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width))
+        self.shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, 2, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.second(self.first(x)) + self.shortcut(x)).relu()
+
+
 def make_backbone(name: str, channels: int, image_size: int) -> tuple[nn.Module, int]:
     """A backbone that gives (N, features), and the number of features.
 
-    ``conv`` is small enough for two CPU cores, ``tiny`` for hundreds of runs on them; ``mlp`` takes vectors.
+    ``conv`` is small enough for two CPU cores, ``tiny`` for hundreds of runs on them; ``residual`` suits grey images
+    of 28 pixels; ``mlp`` takes vectors; ``pixels`` leaves the images as they are.
     """
+    if name == "pixels":
+        return nn.Flatten(), channels * image_size**2
+    if name == "residual":
+        # Channels last is a fifth faster on a CPU.
+        blocks = [_Residual(i, o) for i, o in pairwise(RESIDUAL_WIDTHS)]
+        stem = [nn.Conv2d(channels, RESIDUAL_WIDTHS[0], 3, 2, 1, bias=False), nn.BatchNorm2d(RESIDUAL_WIDTHS[0])]
+        network = nn.Sequential(*stem, nn.ReLU(), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return network.to(memory_format=torch.channels_last), RESIDUAL_WIDTHS[-1]
+    layers: list[nn.Module] = []
     if name == "mlp":
-        blocks: list[nn.Module] = []
         for width in (256, 256, 128):
-            blocks += [nn.Linear(channels, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
+            layers += [nn.Linear(channels, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
             channels = width
-        return nn.Sequential(*blocks), channels
+        return nn.Sequential(*layers), channels
     if name in ("conv", "tiny"):
         last = 2 if image_size >= 32 else 1
         plan = {"conv": ((24, 2), (48, 2), (96, 1), (192, 2)), "tiny": ((16, 2), (32, 2), (64, last), (128, 2))}
-        layers: list[nn.Module] = []
         for width, stride in plan[name]:
             layers += [nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
             channels = width
@@ -86,7 +109,7 @@ def make_backbone(name: str, channels: int, image_size: int) -> tuple[nn.Module,
         features = resnet.fc.in_features
         resnet.fc = nn.Identity()
         return resnet, features
-    raise SystemExit(f"--backbone {name} is not one of conv, tiny, mlp, resnet18, resnet50")
+    raise SystemExit(f"--backbone {name} is not one of conv, tiny, residual, mlp, pixels, resnet18, resnet50")
 
 
 class Pretraining(pl.LightningModule):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,8 +43,34 @@ class Task:
     factors: Factors | None = None
 
 
+FOLDERS = {"photographs": "MMI_PHOTOGRAPHS", "glyphs": "MMI_FONTS"}
+"""Environment variables of the folders of images or fonts, which worker processes inherit."""
+
+NUM_PHOTOGRAPHS = "MMI_NUM_PHOTOGRAPHS"
+
+
+def configure(photographs: str | None, num_photographs: int | None, fonts: Sequence[str] | None) -> None:
+    """Set the environment variables of the options that are given."""
+    given = {
+        FOLDERS["photographs"]: photographs,
+        NUM_PHOTOGRAPHS: num_photographs and str(num_photographs),
+        FOLDERS["glyphs"]: os.pathsep.join(fonts or []),
+    }
+    os.environ.update({name: value for name, value in given.items() if value})
+
+
+def variant(name: str) -> str:
+    """What the environment says of a task beside its name, without where it lies: results of variants do not mix."""
+    if name == "photographs":
+        return os.environ.get(NUM_PHOTOGRAPHS, "")
+    folders = os.environ.get(FOLDERS.get(name, ""), "").split(os.pathsep)
+    return os.pathsep.join(Path(folder).name for folder in folders)
+
+
 def load(name: str, path: str | None, cache: Path, quick: bool = False) -> Task:
-    """``digits``, ``clutter``, ``latent`` (embedded), or ``cifar10``, ``cifar100``, ``imagefolder`` from ``path``."""
+    """``digits``, ``clutter``, ``latent``, ``glyphs`` (embedded), or ``photographs``, ``cifar10``, ``cifar100``,
+    ``imagefolder`` from ``path``; for photographs and glyphs :data:`FOLDERS` may name it.
+    """
     if name == "digits":
         from benchmarks.data import digits
 
@@ -56,6 +83,16 @@ def load(name: str, path: str | None, cache: Path, quick: bool = False) -> Task:
         from benchmarks.data import latent
 
         return latent.load(cache)
+    given = [Path(part) for part in (path or os.environ.get(FOLDERS.get(name, ""), "")).split(os.pathsep) if part]
+    if name == "photographs":
+        from benchmarks.data import photographs
+
+        num_train = int(os.environ.get(NUM_PHOTOGRAPHS, photographs.NUM_TRAIN))
+        return photographs.load(given[0] if given else None, num_train)
+    if name == "glyphs":
+        from benchmarks.data import glyphs
+
+        return glyphs.load(given)
     from benchmarks.data import folders
 
     if path is None:

@@ -11,7 +11,7 @@ pytest.importorskip("lightly", reason="lightly is not installed: pip install mmi
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install mmi-loss[bench]")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install mmi-loss[bench]")
 
-from lightly.loss import BarlowTwinsLoss, LeJEPALoss, VICRegLoss
+from lightly.loss import BarlowTwinsLoss, LeJEPALoss, VICRegLoss, VISRegLoss
 from rich.console import Console
 from scipy import stats
 from sklearn.linear_model import LinearRegression
@@ -19,7 +19,7 @@ from sklearn.linear_model import LinearRegression
 from benchmarks import compare, data, environment, evaluation, grid, report
 from benchmarks.data import clutter, latent
 from benchmarks.grid import Cell
-from benchmarks.methods import METHODS, FastBarlowTwins, FastLeJEPA, FastVICReg, LeJEPA
+from benchmarks.methods import METHODS, FastBarlowTwins, FastLeJEPA, FastVICReg, LeJEPA, VISReg
 
 SIZES = {"NUM_TRAIN": latent.NUM_TRAIN, "NUM_TEST": latent.NUM_TEST}
 
@@ -96,10 +96,14 @@ def test_fast_baselines_are_lightlys(known, fast, shape):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("ours", [LeJEPA, FastLeJEPA])
-def test_lejepa_of_two_views_is_lightlys(ours):
+@pytest.mark.parametrize(("ours", "known"), [(LeJEPA, LeJEPALoss), (FastLeJEPA, LeJEPALoss), (VISReg, VISRegLoss)])
+def test_multi_view_losses_of_two_views_are_lightlys(ours, known):
+    def repeated(z_a, z_b):
+        stack = torch.stack([z_a, z_b])
+        return known()(local_proj=stack, global_proj=stack)
+
     outcomes = []
-    for call in (lambda a, b: ours()(a, b), _lightlys_lejepa):
+    for call in (lambda a, b: ours()(a, b), repeated):
         views = [torch.randn(32, 24, generator=torch.Generator().manual_seed(s)).double() for s in (0, 1)]
         views[1] += 0.5 * views[0]
         torch.manual_seed(0)
@@ -108,11 +112,6 @@ def test_lejepa_of_two_views_is_lightlys(ours):
         outcomes.append((loss.detach(), views[0].grad, views[1].grad))
     for theirs, mine in zip(*outcomes, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
-
-
-def _lightlys_lejepa(z_a, z_b):
-    stack = torch.stack([z_a, z_b])
-    return LeJEPALoss()(local_proj=stack, global_proj=stack)
 
 
 def test_grid_runs_resumes_and_survives_a_failure(cache, tmp_path):
@@ -184,7 +183,7 @@ def test_rates_named_are_all_run_and_the_best_reported():
 
 
 def test_every_method_runs(cache):
-    for name in compare.METHODS:
+    for name in {*compare.METHODS, *compare.RIVALS, *compare.REFERENCES}:
         row = grid._run(cell(name, batch_size=64, steps=1), cache)
         assert 0 <= float(row["knn"]) <= 1, name
 
@@ -278,5 +277,5 @@ def test_latent_factors_are_found(cache):
 
 
 def test_titles_are_known():
-    assert all(report.title(method) for method in compare.METHODS)
-    assert set(report.BASELINES) <= set(METHODS)
+    assert all(report.title(method) for method in (*compare.METHODS, *compare.RIVALS, *compare.REFERENCES))
+    assert set(compare.RIVALS) <= set(report.BASELINES) <= set(METHODS)
