@@ -8,9 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import generalised_gaussian
 from mmi_loss import diagnostics
-from tests import oracle
+from tests import generalised_gaussian, oracle
 from tests.conftest import views
 
 

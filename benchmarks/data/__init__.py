@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 Batch = tuple[list[Tensor], Tensor]
 """Two views (N, C, H, W) of each image and the labels (N,), as lightly's loaders give them."""
-
-
-@dataclass(frozen=True)
-class Factors:
-    """Names of the latent factors, and their values (images, factors) in the order of ``train()`` and ``test()``."""
-
-    names: list[str]
-    train: Tensor
-    test: Tensor
 
 
 @dataclass(frozen=True)
@@ -27,7 +20,7 @@ class Task:
 
     ``pretrain_batches(batch_size, seed)`` loads one epoch each time it is iterated. ``train`` and ``test`` iterate
     over (images, labels) batches for the evaluators, ``views_per_image`` views of an image in a row (0: images as they
-    are, no views). ``factors`` holds the ground truth of every evaluated image, where it is known.
+    are, no views).
     """
 
     name: str
@@ -39,25 +32,48 @@ class Task:
     train: Callable[[], Iterable[tuple[Tensor, Tensor]]]
     test: Callable[[], Iterable[tuple[Tensor, Tensor]]]
     views_per_image: int = 0
-    factors: Factors | None = None
 
 
-def load(name: str, path: str | None, cache: Path, quick: bool = False) -> Task:
-    """``digits``, ``clutter``, ``latent`` (embedded), or ``cifar10``, ``cifar100``, ``imagefolder`` from ``path``."""
-    if name == "digits":
-        from benchmarks.data import digits
+Constructor = Callable[[Path, Path | None, bool], Task]
+"""Of the folder for drawn views, the folder the data lie in, and whether fewer views will do."""
 
-        return digits.load(cache, num_views=8 if quick else digits.NUM_VIEWS)
-    if name == "clutter":
-        from benchmarks.data import clutter
 
-        return clutter.load(cache, num_views=8 if quick else clutter.NUM_VIEWS)
-    if name == "latent":
-        from benchmarks.data import latent
+def _embedded(name: str) -> Constructor:
+    """A task that needs no files: ``benchmarks.data.NAME.load``, imported when it is wanted."""
+    return lambda cache, folder, quick: importlib.import_module(f"benchmarks.data.{name}").load(cache, quick=quick)
 
-        return latent.load(cache)
-    from benchmarks.data import folders
 
-    if path is None:
-        raise SystemExit(f"--data {name} needs the folder it lies in: --data {name} PATH")
-    return folders.load(name, Path(path))
+def _from_disk(name: str) -> Constructor:
+    def load(cache: Path, folder: Path | None, quick: bool) -> Task:
+        from benchmarks.data import folders
+
+        if folder is None:
+            raise SystemExit(f"{name} is not embedded: --folder PATH names the folder it lies in")
+        return folders.load(name, folder)
+
+    return load
+
+
+def _noise(cache: Path, folder: Path | None, quick: bool) -> Task:
+    """Random images of ImageNet's size, to time a step on: ``demo --tasks noise --steps 20 --backbone resnet50``."""
+    from benchmarks.data.views import task
+
+    images = torch.randn(512, 2, 3, 224, 224, generator=torch.Generator().manual_seed(0)).half()
+    labels = torch.arange(512) % 2
+    return task("noise", images, labels, images[:64], labels[:64], 1)
+
+
+TASKS: dict[str, Constructor] = {
+    "digits": _embedded("digits"),
+    "clutter": _embedded("clutter"),
+    "latent": _embedded("latent"),
+    "noise": _noise,
+    "cifar10": _from_disk("cifar10"),
+    "cifar100": _from_disk("cifar100"),
+    "imagefolder": _from_disk("imagefolder"),
+}
+
+
+def load(name: str, cache: Path, folder: Path | None = None, quick: bool = False) -> Task:
+    """The task of that name, its drawn views from or for ``cache``."""
+    return TASKS[name](cache, folder, quick)
