@@ -83,7 +83,7 @@ def lines(panels: Panels, path: Path, **axis_options: Any) -> Path:
         axis.set_title(title, fontsize=10)
         axis.set(**axis_options)
         axis.grid(alpha=0.3)
-    in_a_line = 2 if max(map(len, entries)) > 25 else 4
+    in_a_line = 2 if max(map(len, entries), default=0) > 25 else 4
     figure.legend(
         entries.values(), entries.keys(), loc="outside lower center", ncols=in_a_line, fontsize=8, frameon=False
     )
