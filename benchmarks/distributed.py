@@ -20,7 +20,7 @@ import json
 import multiprocessing
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from rich import box
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks import environment
-from benchmarks.losses import solo_learn as solo_learn_functions
-from benchmarks.methods import METHODS
-from mmi_loss.functional import mmi_loss_multiview
+from benchmarks import environment, losses, report
+from benchmarks.environment import Row
 from mmi_loss.objectives import OBJECTIVES
 from mmi_loss.options import LOGDETS
 
@@ -46,63 +41,23 @@ WORLDS, BATCHES, SPLITS = (2, 3, 4), (32, 64, 256), ("equal", "unequal")
 IN, HIDDEN, DIM, TRAFFIC_DIM = 32, 64, 128, 2048
 TIMEOUT = 300
 """Seconds after which a group of processes counts as hanging."""
-Criterion = Callable[[Sequence[Tensor]], Tensor]
+SLICES = ("", ",slice_kind=gaussian", ",slice_kind=coordinates", ",num_slices=4")
+ROUTES = ("slice_dim=None", *(f"slice_dim=32{kind}" for kind in SLICES))
+LOSSES = [
+    f"objective={objective},logdet={logdet},{route}"
+    for objective, logdet, route in itertools.product(OBJECTIVES, LOGDETS, ROUTES)
+]
+RIVALS = ["barlow_twins", "vicreg", "simclr", "lejepa", "visreg"]
+TRAFFIC = ["mmi", "mmi_all"]
+"""Ours at the width of traffic, where the default slice has 128 dimensions."""
+MEASURES = ("loss_error", "gradient_error", "gradient_scale", "calls", "ring_bytes")
 
 
-@dataclass(frozen=True)
-class Loss:
-    """A loss of a list of views, made by ``criterion(gather)``: over all ranks, or of what this process holds."""
-
-    library: str
-    criterion: Callable[[bool], Criterion]
-    num_views: int = 2
-
-
-def _ours(num_views: int = 2, **options: Any) -> Loss:
-    return Loss(
-        "mmi-loss",
-        lambda gather: lambda views: mmi_loss_multiview(views, **options, gather_distributed=gather),
-        num_views,
-    )
-
-
-def _lightly(method: str) -> Loss:
-    def criterion(gather: bool) -> Criterion:
-        module = METHODS[method].criterion(gather)
-        return lambda views: module(*views)
-
-    return Loss("lightly", criterion)
-
-
-ROUTES: dict[str, dict[str, Any]] = {
-    "kronecker": {"slice_dim": 32},
-    "gaussian": {"slice_dim": 32, "slice_kind": "gaussian"},
-    "coordinates": {"slice_dim": 32, "slice_kind": "coordinates"},
-    "4 slices": {"slice_dim": 32, "num_slices": 4},
-    "all features": {"slice_dim": None},
-}
-LOSSES = {
-    f"{objective}, {route}{', series' if logdet == 'taylor' else ''}": _ours(
-        objective=objective, logdet=logdet, **options
-    )
-    for objective, (route, options), logdet in itertools.product(OBJECTIVES, ROUTES.items(), LOGDETS)
-}
-LOSSES |= {
-    f"{objective}, {route}, 3 views": _ours(3, objective=objective, **ROUTES[route])
-    for objective, route in itertools.product(OBJECTIVES, ("kronecker", "all features"))
-}
-LOSSES |= {f"lightly {method}": _lightly(method) for method in ("barlow_twins", "vicreg", "simclr", "lejepa")}
-# At the width of traffic the default slice has 128 dimensions.
-TRAFFIC = {"default": _ours(), "all features": _ours(slice_dim=None)}
-TRAFFIC |= {name: loss for name, loss in LOSSES.items() if loss.library == "lightly"}
-
-
-def solo_learn(checkout: Path) -> dict[str, Loss]:
-    """The Barlow Twins and VICReg losses of a clone of solo-learn."""
-    return {
-        f"solo-learn {name}": Loss("solo-learn", lambda gather, f=function: lambda views: f(*views))
-        for name, function in solo_learn_functions(checkout, ("barlow", "vicreg")).items()
-    }
+def criterion(name: str, gather: bool, checkout: Path | None) -> losses.Criterion:
+    """A loss of the registry or of a clone of solo-learn, which gathers where there are processes."""
+    if name.startswith("solo-learn") and checkout:
+        return losses.solo_learn(checkout)[name]
+    return losses.find(name).criterion(gather)  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
@@ -135,7 +90,6 @@ class Traffic:
     """What a rank put into collectives."""
 
     calls: int = 0
-    payload_bytes: int = 0
     ring_bytes: int = 0
 
 
@@ -144,106 +98,88 @@ def counted() -> Iterator[Traffic]:
     """Counts the collectives that are called through ``torch.distributed``; gathers send to all others what they hold,
     reductions go round the ring twice.
     """
-    traffic, originals = Traffic(), {}
+    # Which argument is sent, and how many times its size in a group of W.
+    kinds: dict[str, tuple[int, Callable[[int], float]]] = {
+        "all_reduce": (0, lambda world: 2 * (world - 1) / world),
+        "all_gather": (1, lambda world: world - 1),
+        "all_gather_into_tensor": (1, lambda world: world - 1),
+    }
+    traffic, originals = Traffic(), {name: getattr(dist, name) for name in kinds}
 
-    def wrap(name: str, sent: Callable[..., Tensor], rounds: Callable[[int], float]) -> None:
-        original = originals[name] = getattr(dist, name)
+    def wrap(name: str) -> Callable[..., Any]:
+        position, rounds = kinds[name]
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            payload = sent(*args, **kwargs).nbytes
             traffic.calls += 1
-            traffic.payload_bytes += payload
-            traffic.ring_bytes += round(payload * rounds(dist.get_world_size()))
-            return original(*args, **kwargs)
+            traffic.ring_bytes += round(args[position].nbytes * rounds(dist.get_world_size()))
+            return originals[name](*args, **kwargs)
 
-        setattr(dist, name, wrapped)
+        return wrapped
 
-    def first(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
-        return tensor
-
-    def second(_: Any, tensor: Tensor, *__: Any, **___: Any) -> Tensor:
-        return tensor
-
-    wrap("all_reduce", first, lambda world: 2 * (world - 1) / world)
-    wrap("all_gather", second, lambda world: world - 1)
-    wrap("all_gather_into_tensor", second, lambda world: world - 1)
     try:
+        for name in kinds:
+            setattr(dist, name, wrap(name))
         yield traffic
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command's options."""
+def main(arguments: list[str]) -> None:
+    """Measure what has no row in the CSV yet, then print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks distributed", description=__doc__)
     parser.add_argument("--worlds", nargs="+", type=int, default=WORLDS, help="numbers of processes")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="samples on all ranks together")
-    parser.add_argument("--losses", nargs="+", metavar="LOSS", help="names that a loss's must contain one of")
+    parser.add_argument("--losses", nargs="+", metavar="LOSS", default=[""], help="words that a name must hold one of")
     parser.add_argument("--traffic-dim", type=int, default=TRAFFIC_DIM, help="width at which traffic is counted")
     parser.add_argument("--solo-learn", type=Path, metavar="PATH", help="a clone of solo-learn; without it, no rows")
-    parser.add_argument("--out", type=Path, default=environment.RESULTS / "distributed.csv")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str]) -> None:
-    """Measure what has no row in the CSV yet, then print the tables."""
-    options, console = parse(arguments), Console()
-    losses = dict(LOSSES)
-    if options.solo_learn:
-        losses |= solo_learn(options.solo_learn)
-    else:
-        console.print("solo-learn: skipped, for its losses come from a clone of its repository (--solo-learn PATH)")
-    traffic = TRAFFIC | {name: loss for name, loss in losses.items() if loss.library == "solo-learn"}
-    if options.losses:
-        losses, traffic = (
-            {name: loss for name, loss in group.items() if any(part in name for part in options.losses)}
-            for group in (losses, traffic)
-        )
-    finished = {tuple(row[name] for name in Cell.__annotations__) for row in environment.read(options.out)}
-    where = environment.columns()
-    with Progress(console=console) as progress:
-        grid = itertools.product(options.worlds, SPLITS)
-        groups = [
-            [
-                *(Cell(name, world, batch, split) for batch, name in itertools.product(options.batches, losses)),
-                *(Cell(name, world, options.batches[-1], split, options.traffic_dim) for name in traffic),
-            ]
-            for world, split in grid
+    parser.add_argument("--out", type=Path, default=environment.RUNS / "distributed", help="folder for the CSV file")
+    options = parser.parse_args(arguments)
+    if not options.solo_learn:
+        print("solo-learn: skipped, for its losses come from a clone of its repository (--solo-learn PATH)")
+    of_solo_learn = [*losses.solo_learn(options.solo_learn)] if options.solo_learn else []
+    named = [*LOSSES, *TRAFFIC, *RIVALS, *of_solo_learn]
+    chosen = [name for name in named if any(part in name for part in options.losses)]
+    path = options.out / "distributed.csv"
+    finished = {tuple(row[name] for name in Cell.__annotations__) for row in environment.read(path)}
+    groups = []
+    for world, split in itertools.product(options.worlds, SPLITS):
+        exact = [Cell(n, world, b, split) for b, n in itertools.product(options.batches, chosen) if n not in TRAFFIC]
+        counts = [
+            Cell(name, world, options.batches[-1], split, options.traffic_dim) for name in chosen if name not in LOSSES
         ]
+        groups.append([c for c in (*exact, *counts) if tuple(map(str, asdict(c).values())) not in finished])
+    with Progress() as progress:
         bar = progress.add_task("", total=sum(map(len, groups)))
-        for cells in groups:
+        for cells in filter(None, groups):
             progress.update(bar, description=f"{cells[0].world} ranks, {cells[0].split} batches")
-            todo = [cell for cell in cells if tuple(map(str, asdict(cell).values())) not in finished]
-            progress.advance(bar, len(cells) - len(todo))
-            for row in measure(todo, losses | traffic, options.solo_learn):
-                library = (losses | traffic)[row["loss"]].library
-                environment.append(options.out, {"library": library, **row, **where})
+            for row in measure(cells, options.solo_learn):
+                environment.append(path, {**row, **environment.columns()})
                 progress.advance(bar)
-    report(environment.read(options.out), console)
+    rows = environment.read(path)
+    for world in sorted({row["world"] for row in rows}):
+        print(f"\nrelative error of the gradient, {world} ranks\n", table(rows, world), sep="\n")
+    for failure in dict.fromkeys(row["failure"] for row in rows if row["failure"]):
+        print(f"fails: {', '.join(dict.fromkeys(r['loss'] for r in rows if r['failure'] == failure))}: {failure}")
+    print("\nMB sent per step and rank\n", table(rows, "traffic"), environment.provenance(rows), sep="\n")
 
 
-def measure(cells: list[Cell], losses: dict[str, Loss], checkout: Path | None) -> Iterator[dict[str, Any]]:
+def measure(cells: list[Cell], checkout: Path | None) -> Iterator[dict[str, Any]]:
     """One row per cell of one world size; a loss that takes the processes with it is a row too."""
-    references = {}
-    for cell in cells:
-        loss = losses[cell.loss]
-        # Here, where there is no process group: solo-learn's losses look for one.
-        references[cell] = _gradient(_model(cell), loss.criterion(False), _views(cell, loss.num_views))
+    # Here, where there is no process group: solo-learn's losses look for one.
+    references = {cell: _gradient(_model(cell), criterion(cell.loss, False, checkout), _views(cell)) for cell in cells}
     while cells:
         with tempfile.TemporaryDirectory() as folder:
             torch.save([references[cell] for cell in cells], f"{folder}/references.pt")
             failure = _run_group(cells, folder, checkout)
-            rows = [json.loads(line) for line in _lines(Path(folder, "rows.jsonl"))]
+            path = Path(folder, "rows.jsonl")
+            rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         for cell, row in zip(cells, rows, strict=False):
             yield {**asdict(cell), **row, "failure": ""}
         cells = cells[len(rows) :]
         if cells and failure:
             yield {**asdict(cells[0]), **dict.fromkeys(MEASURES, ""), "failure": failure}
             cells = cells[1:]
-
-
-MEASURES = ("loss_error", "gradient_error", "gradient_scale", "calls", "payload_bytes", "ring_bytes")
 
 
 def _run_group(cells: list[Cell], folder: str, checkout: Path | None) -> str:
@@ -261,15 +197,11 @@ def _run_group(cells: list[Cell], folder: str, checkout: Path | None) -> str:
     return ""
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def _views(cell: Cell, num_views: int) -> list[Tensor]:
+def _views(cell: Cell) -> list[Tensor]:
     generator = torch.Generator().manual_seed(cell.batch)
     n = sum(cell.sizes)
     content = torch.randn(n, IN, generator=generator)
-    return [(content + 0.5 * torch.randn(n, IN, generator=generator)).to(cell.dtype) for _ in range(num_views)]
+    return [(content + 0.5 * torch.randn(n, IN, generator=generator)).to(cell.dtype) for _ in range(2)]
 
 
 def _model(cell: Cell) -> nn.Module:
@@ -277,13 +209,13 @@ def _model(cell: Cell) -> nn.Module:
     return nn.Sequential(nn.Linear(IN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, cell.dim)).to(cell.dtype)
 
 
-def _gradient(model: nn.Module, criterion: Criterion, views: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _gradient(model: nn.Module, criterion: losses.Criterion, views: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The loss, and the gradient of all parameters as a vector."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(views[0].dtype)  # solo-learn makes its batch norm in the default
     torch.manual_seed(0)  # for losses with random numbers, the same on all ranks
     try:
-        loss = criterion([model(z) for z in views])
+        loss = criterion(*(model(z) for z in views))
         loss.backward()
     finally:
         torch.set_default_dtype(default)
@@ -293,77 +225,50 @@ def _gradient(model: nn.Module, criterion: Criterion, views: list[Tensor]) -> tu
 def _run_rank(rank: int, cells: list[Cell], folder: str, checkout: Path | None) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    losses = {**LOSSES, **TRAFFIC, **(solo_learn(checkout) if checkout else {})}
     references = torch.load(f"{folder}/references.pt", weights_only=True)
     timeout = datetime.timedelta(seconds=TIMEOUT)
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", timeout, cells[0].world, rank)
-    for cell, reference in zip(cells, references, strict=True):
-        loss = losses[cell.loss]
+    for cell, (expected, expected_gradient) in zip(cells, references, strict=True):
         start = sum(cell.sizes[:rank])
-        rows = [z[start : start + cell.sizes[rank]] for z in _views(cell, loss.num_views)]
+        shard = [z[start : start + cell.sizes[rank]] for z in _views(cell)]
         model = DistributedDataParallel(_model(cell))
         with counted() as traffic:
-            value, gradient = _gradient(model, loss.criterion(True), rows)
+            value, gradient = _gradient(model, criterion(cell.loss, True, checkout), shard)
         values = [torch.empty_like(value) for _ in range(cell.world)]
         dist.all_gather(values, value)
         if rank == 0:
-            row = {**_errors(torch.stack(values), gradient, *reference), **asdict(traffic)}
+            # Relative: of the loss, the worst rank's; of the gradient, and how long it is beside the right one.
+            norm, worst = expected_gradient.norm(), (torch.stack(values) - expected).abs().max()
+            row = {
+                "loss_error": f"{(worst / expected.abs()).item():.2g}",
+                "gradient_error": f"{((gradient - expected_gradient).norm() / norm).item():.2g}",
+                "gradient_scale": f"{(gradient.norm() / norm).item():.3g}",
+                **asdict(traffic),
+            }
             with Path(folder, "rows.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
     dist.destroy_process_group()
 
 
-def _errors(values: Tensor, gradient: Tensor, expected: Tensor, expected_gradient: Tensor) -> dict[str, Any]:
-    """Relative errors: of the loss, the worst rank's; the gradient, and how long it is beside the right one."""
-    norm = expected_gradient.norm()
-    return {
-        "loss_error": f"{((values - expected).abs().max() / expected.abs()).item():.2g}",
-        "gradient_error": f"{((gradient - expected_gradient).norm() / norm).item():.2g}",
-        "gradient_scale": f"{(gradient.norm() / norm).item():.3g}",
-    }
-
-
-def report(rows: list[dict[str, str]], console: Console) -> None:
-    """Gradient errors of every loss by batch for each number of ranks, then traffic."""
-    shown = [row for row in rows if int(row["dim"]) == DIM]
-    columns = list(itertools.product(SPLITS, sorted({int(row["batch"]) for row in shown})))
-    for world in sorted({int(row["world"]) for row in shown}):
-        title = f"relative error of the gradient, {world} ranks, by samples on all together (u: unequal batches)"
-        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column("loss", no_wrap=True)
-        for split, batch in columns:
-            table.add_column(f"{batch}" if split == "equal" else f"{batch} u", justify="right", no_wrap=True)
-        by_cell = {(row["loss"], row["split"], int(row["batch"])): row for row in shown if int(row["world"]) == world}
-        for loss in dict.fromkeys(row["loss"] for row in shown):
-            cells = [by_cell.get((loss, split, batch)) for split, batch in columns]
-            table.add_row(loss, *map(_error, cells))
-        console.print(table)
-    for failure, losses in _failures(rows).items():
-        console.print(f"fails: {', '.join(losses)}: {failure}")
-    counted_rows = [row for row in rows if int(row["dim"]) != DIM and row["split"] == "equal"]
-    if not counted_rows:
-        return
-    first = counted_rows[0]
-    table = Table(title=f"MB per step and rank, {first['batch']} samples on all ranks together, D={first['dim']}")
-    worlds = sorted({int(row["world"]) for row in counted_rows})
-    for name in ("loss", *(f"ring of {world}" for world in worlds), "calls"):
-        table.add_column(name, justify="left" if name == "loss" else "right")
-    for loss in dict.fromkeys(row["loss"] for row in counted_rows):
-        by_world = {int(row["world"]): row for row in counted_rows if row["loss"] == loss}
-        megabytes = [f"{float(by_world[w]['ring_bytes'] or 'nan') / 1e6:.3g}" if w in by_world else "" for w in worlds]
-        table.add_row(loss, *megabytes, next(iter(by_world.values()))["calls"])
-    console.print(table)
-
-
-def _error(row: dict[str, str] | None) -> str:
-    if row is None:
-        return ""
-    return f"{float(row['gradient_error']):.1g}" if row["gradient_error"] else "fails"
-
-
-def _failures(rows: list[dict[str, str]]) -> dict[str, list[str]]:
-    failures: dict[str, dict[str, None]] = {}
-    for row in rows:
-        if row["failure"]:
-            failures.setdefault(row["failure"], {})[row["loss"]] = None
-    return {failure: list(losses) for failure, losses in failures.items()}
+def table(rows: list[Row], which: str = "4") -> str:
+    """Gradient errors with ``which`` ranks, by samples on all together, ours as the worst of them; or ``traffic``."""
+    cells: dict[tuple[str, ...], str] = {}
+    if which == "traffic":
+        for row in rows:
+            if int(row["dim"]) != DIM and row["split"] == "equal":
+                megabytes = f"{float(row['ring_bytes']) / 1e6:.3g}" if row["ring_bytes"] else "fails"
+                cells[losses.title(row["loss"]), f"MB, ring of {row['world']}"] = megabytes
+    else:
+        rows = [row for row in rows if int(row["dim"]) == DIM and row["world"] == which]
+        ours = f"MMI, worst of {len({row['loss'] for row in rows if '=' in row['loss']})}"
+        for row in sorted(rows, key=lambda row: ("=" not in row["loss"], float(row["gradient_error"] or 0))):
+            error = f"{float(row['gradient_error']):.1g}" if row["gradient_error"] else "fails"
+            name = ours if "=" in row["loss"] else losses.title(row["loss"])
+            cells[name, f"{row['batch']} samples, {row['split']}"] = error
+    columns = sorted(
+        {cell[1] for cell in cells}, key=lambda text: (text.split()[-1], int(text.split()[0].strip("MB,") or 0))
+    )
+    lines = [
+        [name, *(cells.get((name, column), "") for column in columns)] for name in dict.fromkeys(c[0] for c in cells)
+    ]
+    return report.table(["", *columns], lines)
