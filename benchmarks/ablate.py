@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps at N = 256")
     parser.add_argument("--rate", type=float, default=RATE, help="learning rate")
     options = parser.parse_args(arguments)
-    path = options.out / "ablate.csv"
+    path, means = options.out / "ablate.csv", grid.Means.of(options)
     # Seeds outermost: an early stop leaves every choice measured equally often.
     cells = [
         compare.cell(task, method, (dim, batch_size), seed, options.rate, options.steps, 1)
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
         for task in options.tasks
     ]
     if not options.report:
-        grid.run(cells, path, grid.Means.of(options))
+        grid.run(cells, path, means)
     rows = grid.rows_of(cells, path)
     if not rows:
         raise SystemExit(f"{path} has no finished runs to report")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks import environment, grid, plots, rates, report
 from benchmarks.environment import Row
-from benchmarks.losses import UNTRAINED, is_rival, title
+from benchmarks.losses import FIXED, PIXELS, SUPERVISED, UNTRAINED, is_rival, title
 from benchmarks.report import METRICS, Results
 from benchmarks.training import Cell
 
@@ -23,7 +23,7 @@ TASKS = ("digits", "clutter", "latent")
 METHODS = (UNTRAINED, "mmi", "vicreg", "barlow_twins", "simclr", "lejepa", "visreg")
 DIMS = (64, 128, 512, 2048, 8192)
 BATCH_SIZES = (32, 64, 128, 256, 512, 1024)
-STEPS = {"latent": 200}
+STEPS = {"latent": 200, "photographs": 300, "glyphs": 300}
 """Optimiser steps at N = 256, where they are not 150; others take 16 / sqrt(N) times as many."""
 RATES = (4e-3, 1.6e-2)
 TUNING_SEED = 100
@@ -67,7 +67,7 @@ def cell(
     task: str, method: str, size: tuple[int, int], seed: int, rate: float, at_256: int | None, points: int
 ) -> Cell:
     """A run of the comparison."""
-    budget, backbone = steps(task, size[1], at_256), grid.BACKBONES.get(task, "tiny")
+    budget, backbone = steps(task, size[1], at_256), PIXELS if method == PIXELS else grid.BACKBONES.get(task, "tiny")
     return Cell(task, method, *size, seed, rate, budget, evaluations=points, backbone=backbone)
 
 
@@ -81,8 +81,8 @@ def cells(options: argparse.Namespace, chosen: dict[rates.Which, float]) -> list
         for size in every
         for method in options.methods
         for task in options.tasks
-        for rate in (options.rates if options.rates and method != UNTRAINED else [chosen.get((task, method), 0.0)])
-        if method != UNTRAINED or size == every[0]  # it is the same at all sizes
+        for rate in (options.rates if options.rates and method not in FIXED else [chosen.get((task, method), 0.0)])
+        if method not in (*FIXED, SUPERVISED) or size == every[0]  # it is the same at all sizes
     ]
 
 
@@ -96,7 +96,7 @@ def tune(options: argparse.Namespace, path: Path, means: grid.Means) -> dict[rat
     def make(which: rates.Which, rate: float) -> Cell:
         return cell(*which, TUNING_SIZE, TUNING_SEED, rate, options.steps, 1)  # type: ignore[arg-type]
 
-    methods = [method for method in options.methods if method != UNTRAINED]
+    methods = [method for method in options.methods if method not in FIXED]
     tried: dict[rates.Which, list[float]] = {(t, m): list(RATES) for m in methods for t in options.tasks}
     found = rates.grow(tried, make, path, means)
     for which, of_which in tried.items():

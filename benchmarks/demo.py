@@ -35,6 +35,7 @@ def main(arguments: list[str]) -> None:
     path = options.out / ("quick.csv" if options.quick else "demo.csv")
     if options.fresh:
         path.unlink(missing_ok=True)
+    means = grid.Means.of(options, options.quick)
     for task in options.tasks:
         known = rates.stored(task, options.optimizer)
         if options.optimizer == "lars":
@@ -57,7 +58,7 @@ def main(arguments: list[str]) -> None:
             f"D = {options.dim}, {options.seeds} seed(s). Results: {path}"
         )
         if not options.report:
-            grid.run(cells, path, grid.Means.of(options, options.quick))
+            grid.run(cells, path, means)
         rows = grid.rows_of(cells, path)
         print(table(rows))
         picture = grid.draw(rows, path.with_name(f"{path.stem}-{task}.png"), x=("step", "seconds"))

@@ -24,7 +24,7 @@ def features_of(backbone: nn.Module, task: Task) -> tuple[Features, Features]:
     """Features and labels of the training and the test images, by the backbone in evaluation mode."""
     was_training = backbone.training
     backbone.eval()
-    device = next(backbone.parameters()).device
+    device = next(backbone.parameters(), torch.empty(0)).device  # raw pixels have no parameters
 
     @torch.inference_mode()
     def extract(batches: Iterable[tuple[Tensor, Tensor]]) -> Features:

@@ -35,8 +35,8 @@ from benchmarks.training import Cell
 
 Finished = tuple[dict[str, Any], list[dict[str, float]]]
 """The row of a cell and its history."""
-BACKBONES = {"latent": "mlp"}
-"""Of tasks that are no images."""
+BACKBONES = {"latent": "mlp", "photographs": "residual", "glyphs": "residual"}
+"""Of tasks that are not the small embedded images; ``pixels`` of the method of that name."""
 
 
 def parser(name: str, text: str | None, tasks: Sequence[str], methods: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -46,11 +46,14 @@ def parser(name: str, text: str | None, tasks: Sequence[str], methods: Sequence[
         "--tasks", nargs="+", choices=data.TASKS, default=list(tasks), metavar="TASK", help=", ".join(data.TASKS)
     )
     if methods:
-        known = f"{', '.join([losses.UNTRAINED, *losses.LOSSES, losses.SUPERVISED])}, or options such as snr=256"
+        known = f"{', '.join([*losses.FIXED, *losses.LOSSES, losses.SUPERVISED])}, or options such as snr=256"
         shared.add_argument(
             "--methods", nargs="+", type=losses.method, default=list(methods), metavar="METHOD", help=known
         )
     shared.add_argument("--folder", type=Path, help="where the data of a task that is not embedded lie")
+    shared.add_argument("--photographs", metavar="DIR", help="folder of Fashion-MNIST (docs/data.md)")
+    shared.add_argument("--num-photographs", type=int, help="of 60,000, to train on (default 12000)")
+    shared.add_argument("--fonts", nargs="+", metavar="DIR", help="folders of fonts for glyphs, not matplotlib's")
     shared.add_argument("--seeds", type=int, default=3)
     shared.add_argument("--workers", type=int, default=1, help="processes with a thread each; 1: this one, all threads")
     shared.add_argument("--accelerator", default="cpu", help="Lightning's")
@@ -93,7 +96,8 @@ class Means:
 
     @classmethod
     def of(cls, options: argparse.Namespace, quick: bool = False) -> Means:
-        """As the command line has them."""
+        """As the command line has them. Call it before making cells: folders of data are part of a cell's key."""
+        data.configure(options.photographs, options.num_photographs, options.fonts)
         return cls(options.workers, options.accelerator, options.folder, quick)
 
 
@@ -113,7 +117,7 @@ def draw(rows: Sequence[environment.Row], path: Path, x: Sequence[str] = ("step"
         for across in x:
             steps = [sum(points[i][across] for points in found) / len(found) for i in range(len(found[0]))]
             title = f"{task}, D = {dim}, N = {n}\nkNN accuracy over {AXES[across]}"
-            level = [] if method == losses.UNTRAINED else steps
+            level = [] if method in losses.FIXED else steps
             panels[title][losses.title(method)] = plots.Line(level, values, plots.style(method))
     return plots.lines(panels, path) if panels else None
 

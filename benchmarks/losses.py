@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import math
 import sys
 import types
@@ -121,7 +122,7 @@ class LeJEPA(lightly.loss.LeJEPALoss):
 
 
 class VISReg(lightly.loss.VISRegLoss):
-    """lightly's VISReg of two global views and no local one."""
+    """lightly's VISReg of two global views and no local one. It recommends lambda .6 for small data, .9 for large."""
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         views = torch.stack([z_a, z_b])
@@ -153,13 +154,17 @@ LOSSES: dict[str, Loss] = {
     "vicreg": lightlys("VICReg", lightly.loss.VICRegLoss, FastVICReg, lambda n, d: d),
     "simclr": lightlys("SimCLR", lightly.loss.NTXentLoss),
     "lejepa": lightlys("LeJEPA", LeJEPA),
-    "visreg": lightlys("VISReg", VISReg),
+    "simclr_02": lightlys("SimCLR, τ = .2", functools.partial(lightly.loss.NTXentLoss, 0.2)),
+    "simclr_01": lightlys("SimCLR, τ = .1", functools.partial(lightly.loss.NTXentLoss, 0.1)),
+    "visreg": lightlys("VISReg", functools.partial(VISReg, 0.6)),
+    "visreg_09": lightlys("VISReg, λ = .9", VISReg),
     "frossl": Loss("FroSSL", "lightly", lambda gather: FroSSL(), square=min),
     # Its svd makes a D x D matrix of every sample.
     "mmcr": Loss("MMCR", "lightly", lambda gather: MMCR(), square=lambda n, d: math.isqrt(n) * d),
 }
-UNTRAINED, SUPERVISED = "untrained", "supervised"
-"""Methods of a comparison that have no loss: before training, and trained with labels."""
+UNTRAINED, PIXELS, SUPERVISED = "untrained", "pixels", "supervised"
+"""Methods of a comparison that have no loss: before training, without a network, and trained with labels."""
+FIXED = (UNTRAINED, PIXELS)
 
 
 def find(method: str) -> Loss | None:
@@ -170,12 +175,12 @@ def find(method: str) -> Loss | None:
     Raises:
         ValueError, TypeError: There is no such method; the message names the known ones.
     """
-    if method in (UNTRAINED, SUPERVISED):
+    if method in (*FIXED, SUPERVISED):
         return None
     if method in LOSSES:
         return LOSSES[method]
     if "=" not in method:
-        known = ", ".join([UNTRAINED, SUPERVISED, *LOSSES])
+        known = ", ".join([*FIXED, SUPERVISED, *LOSSES])
         raise ValueError(f"{method!r} is neither options of MMILoss, such as snr=256, nor one of {known}")
     options = {}
     for assignment in method.split(","):
@@ -200,7 +205,7 @@ def method(name: str) -> str:
 
 def title(method: str) -> str:
     """A method's name in print."""
-    named = {UNTRAINED: "untrained backbone", SUPERVISED: "supervised, with labels"}
+    named = {UNTRAINED: "untrained backbone", PIXELS: "raw pixels", SUPERVISED: "supervised, with labels"}
     return named.get(method) or (LOSSES[method].title if method in LOSSES else method)
 
 

@@ -27,7 +27,7 @@ from scipy import stats
 
 from benchmarks import environment
 from benchmarks.environment import Row
-from benchmarks.losses import LOSSES, SUPERVISED, UNTRAINED, is_rival
+from benchmarks.losses import FIXED, LOSSES, SUPERVISED, is_rival
 
 CellName = tuple[str, int, int]
 """Task, D, N."""
@@ -104,7 +104,7 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]], bold: str = "") -
 
 def in_order(methods: Iterable[str]) -> list[str]:
     """Untrained first, the registry's order, with labels last."""
-    known = [UNTRAINED, *LOSSES, SUPERVISED]
+    known = [*FIXED, *LOSSES, SUPERVISED]
     return sorted(set(methods), key=lambda name: known.index(name) if name in known else len(known))
 
 
@@ -120,11 +120,11 @@ class Results:
         self.methods = in_order(row["method"] for row in rows)
         self.rivals = [name for name in self.methods if is_rival(name)]
         self.tasks = list(dict.fromkeys(row["task"] for row in rows))
-        self.cells = sorted({name for name, method, _ in self.values if method != UNTRAINED})
+        self.cells = sorted({name for name, method, _ in self.values if method not in (*FIXED, SUPERVISED)})
 
     def of(self, cell: CellName, method: str, metric: str) -> dict[int, float]:
         """Accuracy by seed. The untrained backbone is the same in every cell of a task."""
-        if method == UNTRAINED:
+        if method in (*FIXED, SUPERVISED):
             cell = next((c for c, m, _ in self.values if m == method and c[0] == cell[0]), cell)
         return self.values.get((cell, method, metric), {})
 

@@ -20,12 +20,7 @@ if TYPE_CHECKING:
 
 def is_active(group: ProcessGroup | None) -> bool:
     """Whether there is more than this process to reduce over."""
-    return dist.is_available() and dist.is_initialized() and world_size(group) > 1
-
-
-def world_size(group: ProcessGroup | None) -> int:
-    """The number of ranks of the group."""
-    return dist.get_world_size(group)
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
 def sum_constant(x: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -43,16 +38,24 @@ HOSTS = ("cpu",)
 """Devices on which nothing waits for results."""
 _agreed: set[tuple[str, int, int]] = set()
 """The group, options and call of what was waited for once, on other devices."""
+_DISAGREEMENTS = (
+    ("options of the loss", "Construct MMILoss alike on every rank"),
+    (
+        "number or width of the views, or whether they need a gradient,",
+        "Give every rank the like; evaluate on all of them, or without gather_distributed",
+    ),
+    (
+        "step counters",
+        "Call the loss equally often on every rank and load one checkpoint on all; loss.step.fill_(n) with one n on "
+        "all ranks sets the counters right",
+    ),
+)
 
 
 def share(
-    views: Sequence[Tensor],
-    widths: Sequence[int],
-    options: int,
-    step: Tensor,
-    group: ProcessGroup | None,
-    few: float | None,
-) -> tuple[Shared | None, list[int]]:
+    views: Sequence[Tensor], widths: Sequence[int],
+    options: int, step: Tensor, group: ProcessGroup | None, few: float | None,
+) -> tuple[Shared | None, list[int]]:  # fmt: skip
     """What ranks share of their views (..., N, k), without gradient. And, unless ``few`` is None, the samples of every
     rank, for which it waits: in steps of fewer on all ranks the caller takes the rows, and nothing more is shared.
 
@@ -68,7 +71,8 @@ def share(
     call = 2 * len(views) + (torch.is_grad_enabled() and any(z.requires_grad for z in views))
     for width in widths:  # not a hash, which tracing could not follow
         call = (call * 0x01000193 + width) % 2**32
-    sums, device, world = [z.detach().sum(-2, keepdim=True) for z in views], views[0].device, world_size(group)
+    sums, device = [z.detach().sum(-2, keepdim=True) for z in views], views[0].device
+    world = dist.get_world_size(group)
     shifts, like = torch.arange(64, device=device), sums[0].new_empty(())
     bits = torch.cat([(options >> shifts[:32]) & 1, (call >> shifts[:32]) & 1, (step >> shifts) & 1]).to(like)
     counts = like.new_full((), views[0].shape[-2]) * (torch.arange(world, device=device) == dist.get_rank(group))
@@ -81,7 +85,9 @@ def share(
     disagree, known = (set_bits != 0) & (set_bits != world), (group.group_name if group else "", options, call)
     if not torch.compiler.is_compiling() and (few is not None or device.type in HOSTS or known not in _agreed):
         if bool(disagree.any()):
-            _raise_disagreement(*(bool(part.any()) for part in disagree.split([32, 32, 64])))
+            parts = zip(disagree.split([32, 32, 64]), _DISAGREEMENTS, strict=True)
+            what, remedy = next(texts for part, texts in parts if part.any())
+            raise RuntimeError(f"the {what} differ between ranks, which would train on different losses. {remedy}.")
         if device.type not in HOSTS:
             _agreed.add(known)
     sizes = [] if few is None else [int(size) for size in counts.tolist()]
@@ -97,23 +103,6 @@ def share(
     totals = rest[: sum(lengths[2:])] if is_one else sum_constant(torch.cat(sent[2:]), group)
     means = [total.view_as(x) / count for total, x in zip(totals.split(lengths[2:]), sums, strict=True)]
     return Shared(count, means, partial(sum_constant, group=group)), sizes
-
-
-def _raise_disagreement(options_differ: bool, calls_differ: bool, steps_differ: bool) -> None:
-    if options_differ:
-        what, remedy = "options of the loss", "Construct MMILoss alike on every rank"
-    elif calls_differ:
-        what, remedy = (
-            "number or width of the views, or whether they need a gradient,",
-            "Give every rank the like; evaluate on all of them, or without gather_distributed",
-        )
-    else:
-        what, remedy = (
-            "step counters",
-            "Call the loss equally often on every rank and load one checkpoint on all; loss.step.fill_(n) with one n "
-            "on all ranks sets the counters right",
-        )
-    raise RuntimeError(f"the {what} differ between ranks, which would train on different losses. {remedy}.")
 
 
 class Concatenate(torch.autograd.Function):

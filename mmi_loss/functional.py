@@ -10,11 +10,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from itertools import combinations, repeat
-from operator import itemgetter
+from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mmi_loss import checks, distributed, reference
@@ -95,17 +95,13 @@ def components(views: Sequence[Tensor], step: int | Tensor, options: Options) ->
 def noise_floor(options: Options, dim: int, samples: int | Tensor, dtype: torch.dtype) -> float | Tensor:
     """The noise under ``dim`` features in a determinant of a batch, in units of feature variance: our reading.
 
-    Adding ``noise * I`` is mutual information in the presence of isotropic noise. With ``noise = dim / snr`` the total
-    variance of the embedding, ``dim``, is ``snr`` times the noise in one direction: about ``snr`` directions can rise
-    above it, however wide the projector. ``samples`` points span no more directions than they are, and what rises above
-    the noise in others is chance: hence ``noise = dim / min(snr, samples)``.
-
-    It also bounds the exact loss: log(1 + x) <= x, so that half of log det(I + M / noise) is at most half of
-    tr M / noise, ``snr / 2`` nats, for every width and slice: more than any data set holds (images drawn from a million
-    are told apart by 14), and little enough that chance cannot fill it: unrelated Gaussian views of 512 features show,
-    on the default slice, 2.2 nats in 64 samples and 0.7 in 256; at a ridge of 0.01, 78 and 10.
-
-    ``samples`` in a tensor, as counted over all ranks, gives a tensor: reading it would wait for the device.
+    With ``noise = dim / snr`` the total variance of the embedding, ``dim``, is ``snr`` times the noise in one
+    direction: about ``snr`` directions can rise above it, however wide the projector. ``samples`` points span no more
+    directions than they are, and what rises above the noise in others is chance: ``noise = dim / min(snr, samples)``.
+    It also bounds the exact loss by ``snr / 2`` nats: log(1 + x) <= x, so half of log det(I + M / noise) is at most
+    half of tr M / noise. That is more than data hold (a million images are told apart by 14), and chance cannot fill
+    it: unrelated Gaussian views of 512 features show, on the default slice, 2.2 nats in 64 samples and 0.7 in 256; at a
+    ridge of 0.01, 78 and 10. ``samples`` in a tensor gives a tensor: reading it would wait for the device.
     """
     # Rounding perturbs the spectrum of a dim x dim correlation matrix by about dim * eps; a floor below that would make
     # singular matrices indefinite.
@@ -145,7 +141,8 @@ def _estimate(views: Sequence[Tensor], step: int | Tensor, options: Options) -> 
         # Second moments and determinants of half precision numbers overflow or lose the signal.
         with torch.autocast(device, enabled=False):
             return _estimate(views, step, options)
-    is_plain = options.impl != "triton" and (torch._C._are_functorch_transforms_active() or _is_exporting())
+    is_plain = _is_exporting() or not (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active())
+    is_plain &= options.impl != "triton"
     if options.impl == "reference" or is_plain:
         # torch.func's transforms do not know closed forms, and torch.export loses them: torch differentiates the plain.
         if gathers:
@@ -156,7 +153,9 @@ def _estimate(views: Sequence[Tensor], step: int | Tensor, options: Options) -> 
     if options.impl == "triton" or (AUTO_TRITON and options.impl == "auto" and device == "cuda"):
         refusal = triton.refusal(views, options, gathers)
         if refusal is None:
-            return _triton_estimate(views[0], views[1], step, options)
+            width = min(views[0].shape[1], options.slice_dim or views[0].shape[1])
+            noise = float(noise_floor(options, width, len(views[0]), torch.float32))
+            return _Estimate(*triton.content_loss(views[0], views[1], step, options, noise), [width] * 2, [noise] * 2)
         if options.impl == "triton":
             raise ValueError(f"impl='triton' cannot compute this loss: {refusal}. impl='eager' computes every loss")
     return _eager_estimate(views, step, options, dtype, gathers)
@@ -174,7 +173,7 @@ def _eager_estimate(
             views, options.slice_dim, options.num_slices, options.block_dim, step, options.seed, dtype
         )
     else:
-        views = tuple(map(Tensor.to, views, repeat(dtype)))
+        views = [z.to(dtype) for z in views]
         if options.num_slices > 1 and not is_traced:
             checks.warn_without_slices(options.num_slices, options.slice_dim, views[0].shape[1])
     shared, samples = None, views[0].shape[-2]
@@ -194,18 +193,19 @@ def _eager_estimate(
         noises.append(noise)
     is_computed = is_sliced and options.slice_kind != "coordinates"
     for group in combinations(range(len(views)), 2) if row.is_pairwise else [tuple(range(len(views)))]:
-        take = itemgetter(*group)
-        chosen, noise, columns = take(views), noises[group[0]], widths[0]
+        chosen, noise, columns = [views[i] for i in group], noises[group[0]], widths[0]
         if not row.is_pooled:
-            columns = sum(take(widths))
-            if widths[group[0]] != widths[group[1]]:
-                floors = torch.stack([torch.as_tensor(n, dtype=dtype, device=chosen[0].device) for n in take(noises)])
-                noise = floors.repeat_interleave(torch.tensor(take(widths), device=floors.device), output_size=columns)
+            widths_of_group = [widths[i] for i in group]
+            columns = sum(widths_of_group)
+            if widths_of_group[0] != widths_of_group[-1]:
+                floors = torch.stack([torch.as_tensor(noises[i], dtype=dtype, device=chosen[0].device) for i in group])
+                repeats = torch.tensor(widths_of_group, device=floors.device)
+                noise = floors.repeat_interleave(repeats, output_size=columns)
         # The rows of the other ranks are not here: shared statistics are covariances.
         if shared is None and len(group) * samples < columns:
             estimates.append(gram_loss(row, noise, options.log_det, chosen, is_computed))
         else:
-            of_group = shared and shared._replace(means=take(shared.means))
+            of_group = shared and Shared(shared.samples, [shared.means[i] for i in group], shared.reduce)
             estimates.append(CovarianceLoss.apply(row, noise, options.log_det, of_group, is_computed, *chosen))
     value, log_dets = estimates[0]
     if len(estimates) > 1:
@@ -225,14 +225,7 @@ def _gather(
         few = columns / (2 if options.row.is_pairwise else len(views))
     shared, sizes = distributed.share(views, widths, options.fingerprint, step, group, few)
     if few is None:
-        return views, shared, views[0].shape[-2] * distributed.world_size(group)
+        return views, shared, views[0].shape[-2] * dist.get_world_size(group)
     if shared is None:
         views = [distributed.Concatenate.apply(z, sizes, group) for z in views]
     return views, shared, sum(sizes)
-
-
-def _triton_estimate(z_a: Tensor, z_b: Tensor, step: Tensor, options: Options) -> _Estimate:
-    width = min(z_a.shape[1], options.slice_dim or z_a.shape[1])
-    noise = float(noise_floor(options, width, len(z_a), torch.float32))
-    value, log_dets = triton.content_loss(z_a, z_b, step, options, noise)
-    return _Estimate(value, log_dets.detach(), [width] * 2, [noise] * 2)

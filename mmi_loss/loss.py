@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,13 @@ from mmi_loss.options import Options, OptionTypes, shows_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+Result = TypeVar("Result")
+
+
+def _sums(views: Sequence[Tensor]) -> Tensor:
+    return torch.cat([z.detach().sum(axis, dtype=torch.float64) for z in views for axis in (0, 1)])
 
 
 class MMILoss(nn.Module):
@@ -104,48 +112,66 @@ class MMILoss(nn.Module):
         ``z_a`` alone; or of multi-crop's ``local_proj=`` and ``global_proj=``, (V, N, D) each, all of whose views count
         alike.
         """
-        views, step = self._views_and_step(z_a, z_b, local_proj, global_proj)
-        loss = functional.loss(views, step, self.options)
-        if self.training and step is self.step:
-            step.add_(1)
-        return loss
+        return self._of_step(functional.loss, z_a, z_b, local_proj, global_proj)
 
-    def forward_components(self, *args: Any, **kwargs: Any) -> MMIComponents:
+    def forward_components(
+        self, z_a: Tensor | Sequence[Tensor] | None = None, z_b: Tensor | None = None,
+        *, local_proj: Tensor | None = None, global_proj: Tensor | None = None,
+    ) -> MMIComponents:  # fmt: skip
         """In place of :meth:`forward`, for logging: the loss with the entropies it is made of, of the same slice."""
-        views, step = self._views_and_step(*args, **kwargs)
-        components = functional.components(views, step, self.options)
-        if self.training and step is self.step:
-            step.add_(1)
-        return components
+        return self._of_step(functional.components, z_a, z_b, local_proj, global_proj)
 
     def extra_repr(self) -> str:
         """The options."""
         return repr(self.options)
 
-    _recomputed = -1, 0
-    """The backward pass in which a forward was last run again, and how many were."""
-
-    def _views_and_step(
-        self, z_a: Any = None, z_b: Any = None, local_proj: Any = None, global_proj: Any = None
-    ) -> tuple[Sequence[Tensor], Tensor]:
-        """The views of a call, and its step on their device: criteria are rarely moved there. The step is the counter
-        itself, which then counts the call; or another tensor, if the call is one that was made before: activation
-        checkpointing runs the forward again, from within the backward, the last call first.
-        """
+    def _of_step(
+        self, function: Callable[..., Result], z_a: Any, z_b: Any, local_proj: Any, global_proj: Any
+    ) -> Result:
+        """The function of the views of a call, at the step that the call has; it counts the call."""
         is_pair = isinstance(z_a, Tensor) and isinstance(z_b, Tensor) and local_proj is None and global_proj is None
-        views = (z_a, z_b) if is_pair else views_of_call(z_a, z_b, local_proj, global_proj)
-        if torch.compiler.is_compiling():  # which can ask none of the following
-            return views, self.step
+        views: Sequence[Tensor] = (z_a, z_b) if is_pair else views_of_call(z_a, z_b, local_proj, global_proj)
+        if torch.compiler.is_compiling():  # which can ask none of what follows
+            result = function(views, self.step, self.options)
+            self.step.add_(int(self.training))
+            return result
         if self.step.is_inference() and not torch.is_inference_mode_enabled():
             self.step = self.step.clone()  # made or moved in inference mode it could not change outside it
         if views and isinstance(views[0], Tensor) and self.step.device != views[0].device:
-            self.step = self.step.to(views[0].device)
-        backward = torch._C._current_graph_task_id()
-        if backward == -1 or not self.training:
-            return views, self.step
-        last, count = self._recomputed
-        self._recomputed = backward, count + 1 if backward == last else 1
-        return views, self.step - self._recomputed[1]
+            self.step = self.step.to(views[0].device)  # criteria are rarely moved
+        is_in_backward = torch._C._current_graph_task_id() != -1
+        step, is_transformed = self.step, torch._C._are_functorch_transforms_active()
+        if is_in_backward and self._without_gradient:
+            views, step = self._recalled(views)
+        if torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+            # Activation checkpointing keeps nothing of a region, and runs it again for what its backward needs, when
+            # the counter has gone on. Its hooks do not see what is saved under these, which is small.
+            with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach):
+                result = function(views, step, self.options)
+        else:
+            result = function(views, step, self.options)
+        if is_in_backward:
+            return result
+        if not (torch.is_grad_enabled() or torch.is_inference_mode_enabled() or is_transformed):
+            self._without_gradient = [*self._without_gradient[-15:], (step.clone(), _sums(views))]
+        if self.training:
+            with torch._C._DisableFuncTorch():  # its transforms forbid what they would not differentiate
+                self.step.add_(1)
+        return result
+
+    _without_gradient: Sequence[tuple[Tensor, Tensor]] = ()
+    """Step and sums of the views of the last calls under ``no_grad``."""
+
+    def _recalled(self, views: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
+        """The views with the step of the earlier call that had them. Reentrant activation checkpointing runs a forward
+        without gradient, and again from within the backward. NaN in place of the views if no such call is known.
+        """
+        records, sums = self._without_gradient, _sums(views)
+        for i in reversed(range(len(records))):
+            if torch.equal(records[i][1], sums):  # it goes to the front: before it was one with equal views, if any
+                self._without_gradient = [records[i], *records[:i], *records[i + 1 :]]
+                return views, records[i][0]
+        return [z * math.nan for z in views], self.step
 
     def _apply(self, fn: Any, recurse: bool = True) -> MMILoss:
         """``to_empty`` leaves tensors uninitialised: the counter keeps its value, or starts at 0 after meta."""

@@ -13,7 +13,7 @@ parts are of two kinds:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 Weights = tuple[float, ...]
 
@@ -31,7 +31,7 @@ class Objective:
     entropy_a: Weights
     entropy_b: Weights
     conditional_entropy: Weights
-    weights: Weights = field(init=False)  # in twice the loss, -2 I = 2 H(Z_a | .) - 2 H(Z_a)
+    weights: Weights = ()  # in twice the loss, -2 I = 2 H(Z_a | .) - 2 H(Z_a): they follow
 
     def __post_init__(self) -> None:
         pairs = zip(self.conditional_entropy, self.entropy_a, strict=True)

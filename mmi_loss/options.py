@@ -70,7 +70,7 @@ class Options:
             given["snr"] = DEFAULT_SNR
         given.update({name: float(given[name]) for name in ("snr", "ridge", "beta") if given[name] is not None})
         shared = {name: value for name, value in given.items() if name not in ("gather_distributed", "process_group")}
-        vars(self).update(
+        self.__dict__.update(
             given,
             row=OBJECTIVES[given["objective"]],
             log_det=Series(given["order"], given["beta"]) if given["logdet"] == "taylor" else cholesky,
@@ -89,10 +89,10 @@ class Options:
 
     def given(self) -> OptionTypes:
         """The options by name: ``Options(**options.given())`` equals them."""
-        return cast(OptionTypes, {name: vars(self)[name] for name in DEFAULTS})
+        return cast(OptionTypes, {name: self.__dict__[name] for name in DEFAULTS})
 
     def __repr__(self) -> str:
-        hidden = {name for name in ("snr", "ridge", "process_group") if vars(self)[name] is None}
+        hidden = {name for name in ("snr", "ridge", "process_group") if self.__dict__[name] is None}
         hidden |= set() if self.logdet == "taylor" else {"order", "beta"}
         return ", ".join(f"{name}={value!r}" for name, value in self.given().items() if name not in hidden)
 

@@ -67,7 +67,9 @@ def _slices(z: Tensor, step: Tensor, options: Options) -> Tensor:
     # Feature f of block b is feature f of every mixture m, with weight A_mb: P = A^T kron I.
     identity = torch.eye(block, dtype=torch.float64)
     matrices = [torch.kron(a.T.contiguous(), identity)[:dim, :k] for a in mixing.reshape(count, -1, blocks)]
-    return z @ torch.stack(matrices).to(z)
+    # A constant embedding stays constant bit by bit: a product rounds equal rows differently, by their place.
+    projections = torch.stack(matrices).to(z)
+    return (z - z[:1]) @ projections + z[:1] @ projections
 
 
 def _key(step: Tensor, seed: int, stream: int) -> Tensor:

@@ -207,7 +207,7 @@ def test_an_added_objective_works_on_every_route(name, logdet, shape, monkeypatc
 
 def test_triton_refuses_an_added_objective_by_name(monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "added", OBJECTIVES["content"])
-    with pytest.raises(ValueError, match=r"impl='triton' cannot compute .*(objective='added'|not installed)"):
+    with pytest.raises(ValueError, match=r"impl='triton' cannot compute .*(objective='added'|Triton 3.4)"):
         mmi_loss(*views(40, 8, torch.float32), objective="added", impl="triton")
 
 
@@ -225,8 +225,8 @@ def test_float32_error_is_no_worse_than_plain_torch(objective, slice_kind, shape
         truth, true_grads = value_and_gradients([z.double() for z in pair], impl="reference", **options)
         ours, grads = value_and_gradients(pair, **options)
         plain, plain_grads = value_and_gradients(pair, impl="reference", **options)
-        # A projection is rounded relative to the mean, either way: what is left of the signs is chance.
-        chance = torch.finfo(torch.float32).eps * offset if slice_kind in ("kronecker", "gaussian") else 0
+        # A projection is rounded relative to the mean (the reference projects what differs from one sample).
+        chance = 2 * torch.finfo(torch.float32).eps * offset if slice_kind in ("kronecker", "gaussian") else 0
         assert relative_error(ours, truth) <= 2 * relative_error(plain, truth) + 2e-6 + chance
         for grad, plain_grad, true_grad in zip(grads, plain_grads, true_grads, strict=True):
             assert relative_error(grad, true_grad) <= 2 * relative_error(plain_grad, true_grad) + 1e-5 + chance

@@ -1,6 +1,7 @@
 """The module: its state, its life in a training script, compilation and export."""
 
 import copy
+import functools
 import io
 import pickle
 import subprocess
@@ -171,6 +172,57 @@ def test_recomputed_forwards_take_their_steps_again(use_reentrant, calls):
     assert loss_fn.step == 2 * calls
 
 
+def _backward_of_first(run, loss_fn, a, b, other):
+    first, second = run(a, b), run(a, other)
+    return [(first, 0, b), (second, 1, other)]
+
+
+def _plain_call_between(run, loss_fn, a, b, other):
+    first, second = run(a, b), loss_fn(a, b)
+    return [(second, 1, b), (first, 0, b)]
+
+
+def _no_grad_between(run, loss_fn, a, b, other):
+    first = run(a, b)
+    with torch.no_grad():
+        loss_fn(a, other)
+    return [(first, 0, b)]
+
+
+def _eval_between(run, loss_fn, a, b, other):
+    first = run(a, b)
+    loss_fn.eval()(a, b)
+    return [(first, 0, b)]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("between", [_backward_of_first, _plain_call_between, _no_grad_between, _eval_between])
+@pytest.mark.parametrize(
+    "options", [{}, {"slice_kind": "coordinates"}, {"impl": "reference"}], ids=["default", "coordinates", "reference"]
+)
+def test_recomputed_forwards_whatever_comes_between(use_reentrant, between, options):
+    a, b = views(32, 200)
+    loss_fn = MMILoss(**options)
+    run = functools.partial(checkpoint, loss_fn, use_reentrant=use_reentrant)
+    # Mirrored features have the same sum: it takes more than that to tell calls apart.
+    for loss, step, second in between(run, loss_fn, a, b, b.detach().flip(1)):
+        a.grad = None
+        loss.backward()
+        (expected,) = torch.autograd.grad(functional_mmi_loss(a, second.detach(), step=step, **options), a)
+        torch.testing.assert_close(a.grad, expected)
+
+
+def test_a_recomputed_forward_of_a_forgotten_call_is_nan():
+    a, b = views(32, 200)
+    loss_fn = MMILoss()
+    first = checkpoint(loss_fn, a, b, use_reentrant=True)
+    with torch.no_grad():
+        for i in range(16):
+            loss_fn(a + 1 + i, b)
+    first.backward()
+    assert a.grad.isnan().all()
+
+
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_copies_behave_alike(clone):
     pair, loss_fn = views(20, 300), MMILoss(seed=3)
@@ -259,6 +311,9 @@ def test_compiles_for_changing_batch_sizes(name):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"), reason="before torch 2.7 the loss cannot know that it is exported"
+)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_exports_with_its_network(name):
     """One program for all batch sizes, which counts its calls and has the eager gradients."""

@@ -101,6 +101,18 @@ def test_dead_feature_is_ignored(options, shape, level):
         assert not grad[:, ::2].any()
 
 
+@pytest.mark.parametrize("kind", SLICE_KINDS)
+@pytest.mark.parametrize("impl", ["eager", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [2, 5, 64, 100])
+def test_constant_embedding_has_no_information(kind, impl, dtype, n):
+    """Products round equal rows differently, by their place among the others: that is no variance either."""
+    z = torch.full((n, 1300), 0.1, dtype=dtype)
+    loss, grads = backward([z, z.clone()], slice_kind=kind, slice_dim=32, impl=impl)
+    assert loss == 0
+    assert not any(grad.any() for grad in grads)
+
+
 @pytest.mark.parametrize("options", ESTIMATORS, ids=str)
 @pytest.mark.parametrize("logdet", ["cholesky", "taylor"])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -196,6 +208,19 @@ def test_transforms_of_torch_func(options, shape):
     first = [z[0] for z in pairs]
     for transform in (torch.func.grad, torch.func.jacrev):
         torch.testing.assert_close(transform(loss_fn, argnums=1)(*first), grads[0][1])
+
+
+def test_transforms_of_torch_func_count_calls():
+    """A module in training that the function captures: transforms forbid changing what they do not see."""
+    a, b = (z.detach() for z in views(20, 200))
+    loss_fn = MMILoss()
+    for step in (0, 1):
+        got = torch.func.grad(lambda z: loss_fn(z, b))(a)
+        torch.testing.assert_close(got, backward((a, b), step=step)[1][0])
+    jacobian = torch.func.jacrev(lambda z: loss_fn(z, b))(a)
+    torch.testing.assert_close(jacobian, backward((a, b), step=2)[1][0])
+    assert torch.func.vmap(loss_fn)(torch.stack([a, a]), torch.stack([b, a])).shape == (2,)
+    assert loss_fn.step == 4
 
 
 @pytest.mark.parametrize("kind", ["kronecker", "coordinates"])

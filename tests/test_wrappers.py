@@ -25,10 +25,12 @@ import torch.distributed as dist
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+
+pytest.importorskip("torch", "2.7", reason="the wrappers are tested together, and FSDP2 is complete from torch 2.7 on")
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 
 from mmi_loss import MMILoss, distributed
 from tests.test_distributed import counted_collectives

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,10 +64,54 @@ def _noise(cache: Path, folder: Path | None, quick: bool) -> Task:
     return task("noise", images, labels, images[:64], labels[:64], 1)
 
 
+FOLDERS = {"photographs": "MMI_PHOTOGRAPHS", "glyphs": "MMI_FONTS"}
+"""Environment variables of the folders of images or fonts, which worker processes inherit."""
+NUM_PHOTOGRAPHS = "MMI_NUM_PHOTOGRAPHS"
+
+
+def configure(photographs: str | None, num_photographs: int | None, fonts: Sequence[str] | None) -> None:
+    """Set the environment variables of the options that are given."""
+    given = {
+        FOLDERS["photographs"]: photographs,
+        NUM_PHOTOGRAPHS: num_photographs and str(num_photographs),
+        FOLDERS["glyphs"]: os.pathsep.join(fonts or []),
+    }
+    os.environ.update({name: value for name, value in given.items() if value})
+
+
+def variant(name: str) -> str:
+    """What the environment says of a task beside its name, without where it lies: results of variants do not mix."""
+    if name == "photographs":
+        return os.environ.get(NUM_PHOTOGRAPHS, "")
+    folders = os.environ.get(FOLDERS.get(name, ""), "").split(os.pathsep)
+    return os.pathsep.join(Path(folder).name for folder in folders)
+
+
+def _folders(name: str, folder: Path | None) -> list[Path]:
+    named = str(folder or os.environ.get(FOLDERS[name], ""))
+    return [Path(part) for part in named.split(os.pathsep) if part]
+
+
+def _photographs(cache: Path, folder: Path | None, quick: bool) -> Task:
+    from benchmarks.data import photographs
+
+    folders = _folders("photographs", folder)
+    num_train = int(os.environ.get(NUM_PHOTOGRAPHS) or photographs.NUM_TRAIN)
+    return photographs.load(folders[0] if folders else None, num_train)
+
+
+def _glyphs(cache: Path, folder: Path | None, quick: bool) -> Task:
+    from benchmarks.data import glyphs
+
+    return glyphs.load(_folders("glyphs", folder))
+
+
 TASKS: dict[str, Constructor] = {
     "digits": _embedded("digits"),
     "clutter": _embedded("clutter"),
     "latent": _embedded("latent"),
+    "photographs": _photographs,
+    "glyphs": _glyphs,
     "noise": _noise,
     "cifar10": _from_disk("cifar10"),
     "cifar100": _from_disk("cifar100"),

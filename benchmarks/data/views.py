@@ -72,6 +72,8 @@ class PairsOfViews(Iterable[Batch]):
             self.generator = torch.Generator().manual_seed(self.seed + 1_000_003 * rank)
         order = torch.randperm(len(self.views), generator=self.generator)
         for images in order.split(self.batch_size)[: len(self)]:
-            scores = torch.rand(len(images), self.views.shape[1], generator=self.generator)
-            first, second = scores.topk(2, dim=1).indices.T
-            yield [self.views[images, first].float(), self.views[images, second].float()], self.labels[images]
+            yield self._pair(images, self.generator), self.labels[images]
+
+    def _pair(self, images: Tensor, generator: torch.Generator) -> list[Tensor]:
+        first, second = torch.rand(len(images), self.views.shape[1], generator=generator).topk(2, dim=1).indices.T
+        return [self.views[images, first].float(), self.views[images, second].float()]

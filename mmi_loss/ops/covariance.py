@@ -179,23 +179,25 @@ class CovarianceLoss(torch.autograd.Function):
         )
         coefficients = []
         for first, last in objective.moments if objective.is_pooled else [(0, 1)]:
-            row, degrees = [0.0] * parts, len(range(parts)[first:last])
+            row = [0.0] * parts
+            degrees = len(row[first:last])
             row[first:last] = [parts / degrees] * degrees
             coefficients.append(row)
-        signal = _combine(products, coefficients).mul_(n.unsqueeze(-1) * n.unsqueeze(-2))
+        scales = n.unsqueeze(-1) * n.unsqueeze(-2)
+        signal = _combine(products, coefficients).mul_(scales)
         matrices = signal.clone()
         matrices.diagonal(dim1=-2, dim2=-1).add_(1)
+        weights = objective.weights
         if objective.is_pooled:
-            log_dets, (factor,) = log_det([matrices], [0], objective.weights)
+            log_dets, (factor,) = log_det([matrices], [0], weights)
         else:
             log_dets, factor = _of_blocks(matrices, log_det, objective, [z.shape[-1] for z in views])
-        loss = weighted_sum(log_dets, objective.weights)
+        loss = weighted_sum(log_dets, weights)
 
-        # The factors of F_j = w_j A_j^-1 / 2 and of dU_i = 2 U_i dP_i cancel. The loss is the mean over slices; where
-        # it is NaN, so is every gradient.
-        scaled = torch.add(n if slices == 1 else n / slices, loss, alpha=0)
-        through_variance = (factor * signal).sum((0, -1)).mul_(scaled).mul_(n).mul_(noise)
-        factor.mul_(scaled.unsqueeze(-1) * n.unsqueeze(-2))
+        # The factors of F_j = w_j A_j^-1 / 2 and of dU_i = 2 U_i dP_i cancel. Where the loss is NaN, so is the diagonal
+        # and by it every gradient.
+        through_variance = (factor * signal).sum((0, -1)).mul_(n.square()).mul_(noise).add_(loss, alpha=0)
+        factor.mul_(scales)
         grad_products = _combine(factor, list(zip(*coefficients, strict=True)))
         grad_products.diagonal(dim1=-2, dim2=-1).sub_(through_variance)
         ctx.save_for_backward(rows, grad_products)
@@ -207,7 +209,7 @@ class CovarianceLoss(torch.autograd.Function):
     @closed_form
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         rows, grad_products = ctx.saved_tensors
-        grad_products = grad_products * grad
+        grad_products = grad_products * (grad / grad_products.shape[1])  # the loss is the mean over slices
         if ctx.shared is not None:
             grad_products = ctx.shared.reduce(grad_products)
         samples, dim = rows.shape[-2:]
@@ -219,15 +221,18 @@ class CovarianceLoss(torch.autograd.Function):
 
 def _combine(matrices: Tensor, coefficients: Sequence[Sequence[float]]) -> Tensor:
     """Weighted sums over the first dimension, one for each row of coefficients; zero weights cost nothing."""
-    parts = matrices.unbind()
-    combined = matrices.new_empty((len(coefficients), *matrices.shape[1:]))
-    for out, row in zip(combined.unbind(), coefficients, strict=True):
-        is_empty = True
-        for matrix, weight in zip(parts, row, strict=True):
-            if weight:
-                torch.mul(matrix, weight, out=out) if is_empty else out.add_(matrix, alpha=weight)
-                is_empty = False
-    return combined
+    parts, sums, buffer = matrices.unbind(), [], None
+    if not torch.compiler.is_compiling():
+        buffer = matrices.new_empty((len(coefficients), *matrices.shape[1:]))
+    for j, row in enumerate(coefficients):
+        out = None if buffer is None else buffer[j]
+        (total, weight), *others = [(part, weight) for part, weight in zip(parts, row, strict=True) if weight]
+        if weight != 1 or not others:
+            total = torch.mul(total, weight, out=out)
+        for part, weight in others:
+            total = torch.add(total, part, alpha=weight, out=out)
+        sums.append(total)
+    return torch.stack(sums) if buffer is None else buffer
 
 
 def _of_blocks(matrices: Tensor, log_det: LogDet, objective: Objective, widths: Sequence[int]) -> tuple[Tensor, Tensor]:

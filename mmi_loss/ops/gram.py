@@ -73,9 +73,8 @@ class _GramLoss(torch.autograd.Function):
         n = inverse_std(column_dots(rows, rows).div_(weight), location).mul_((weight * noise) ** -0.5)
         rows = torch.mul(rows, n, out=None if torch.compiler.is_compiling() else rows)
         # The range of samples or of views that a moment takes, and its degrees of freedom.
-        ranges = [
-            range(num_parts if objective.is_pooled else len(views))[slice(*moment)] for moment in objective.moments
-        ]
+        count = num_parts if objective.is_pooled else len(views)
+        ranges = [range(first, count if last is None else last) for first, last in objective.moments]
         if objective.is_pooled:
             blocks = [slice(r.start * samples, r.stop * samples) for r in ranges]
             product = _symmetric_product(rows)

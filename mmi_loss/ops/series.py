@@ -51,7 +51,7 @@ class Series:
             x = matrices * inverse[..., None, None] - identity
             x_square = (square * inverse.square()[..., None, None]).sub_(x, alpha=2) - identity  # (A/c)^2 - 2 X - I
             value = -(x.shape[-1] + null_dim) * inverse.log()
-            for m, trace in enumerate(_traces(x, x_square, self.order), start=1):
+            for m, trace in enumerate(_traces(x, x_square, self.order), 1):
                 trace = trace + null_dim * (inverse - 1) ** m
                 value = value + trace * ((-1) ** (m + 1) / m)
             values.append(value)

@@ -111,7 +111,8 @@ class _Project(torch.autograd.Function):
             ctx.dtypes.append(z.dtype)
             z = z.to(mixing.dtype)
             if block_dim == 1:
-                projected = z @ mixing.mT
+                # Rows that are equal stay equal, bit by bit: products round them differently, by their place.
+                projected = (z - z[:1]) @ mixing.mT + z[:1] @ mixing.mT
             else:
                 blocks = (F.pad(z, (0, padding)) if padding else z).reshape(n, mixing.shape[1], block_dim)
                 projected = torch.bmm(mixing.expand(n, -1, -1), blocks)

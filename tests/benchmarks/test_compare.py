@@ -52,7 +52,7 @@ def lightlys_lejepa(z_a, z_b):
 
 def lightlys_visreg(z_a, z_b):
     stack = torch.stack([z_a, z_b])
-    return VISRegLoss()(local_proj=stack, global_proj=stack)
+    return VISRegLoss(0.6)(local_proj=stack, global_proj=stack)
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16)])

@@ -28,8 +28,8 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def refusal(views: Sequence[Tensor], options: Options, gathers: bool) -> str | None:
     """Why the kernels cannot compute this loss, or None if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (pip install triton)"
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.knobs") is None:
+        return "it needs Triton 3.4 or later, of torch 2.8 (pip install triton)"
     device, dim = views[0].device, views[0].shape[1]
     # The interpreter runs the same kernels on the CPU, far too slowly for anything but tests.
     if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):

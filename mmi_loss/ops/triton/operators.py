@@ -20,7 +20,12 @@ def _takes_gram(samples: int, features: int) -> bool:
     return features > max(2 * samples, MAX_SLICE_DIM)
 
 
-@torch.library.custom_op("mmi_loss::content_loss", mutates_args=())
+@torch.library.custom_op(  # before torch 2.6 no schema is inferred from annotations that are strings
+    "mmi_loss::content_loss",
+    mutates_args=(),
+    schema="(Tensor z_a, Tensor z_b, Tensor step, int[] seed_keys, int slice_dim, int num_slices, int block_dim, "
+    "float ridge, float[] coefficients) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 def content_loss(
     z_a: Tensor, z_b: Tensor, step: Tensor, seed_keys: Sequence[int],
     slice_dim: int, num_slices: int, block_dim: int, ridge: float, coefficients: Sequence[float],
@@ -58,7 +63,12 @@ def _(z_a: Tensor, z_b: Tensor, step: Tensor, keys: Sequence[int], k: int, s: in
     return *(launch.new(z_a, *shape) for shape in ((), (2, s), *shapes)), launch.new_state(z_a)
 
 
-@torch.library.custom_op("mmi_loss::content_loss_backward", mutates_args=())
+@torch.library.custom_op(
+    "mmi_loss::content_loss_backward",
+    mutates_args=(),
+    schema="(Tensor upstream, Tensor z_a, Tensor z_b, Tensor slices, Tensor statistics, Tensor grad, Tensor diagonal, "
+    "Tensor state, int block_dim, bool need_a, bool need_b) -> (Tensor, Tensor)",
+)
 def content_loss_backward(
     upstream: Tensor, z_a: Tensor, z_b: Tensor, slices: Tensor, statistics: Tensor, grad: Tensor, diagonal: Tensor,
     state: Tensor, block_dim: int, need_a: bool, need_b: bool,
