@@ -18,6 +18,7 @@ import datetime
 import itertools
 import json
 import multiprocessing
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -265,9 +266,7 @@ def table(rows: list[Row], which: str = "4") -> str:
             error = f"{float(row['gradient_error']):.1g}" if row["gradient_error"] else "fails"
             name = ours if "=" in row["loss"] else losses.title(row["loss"])
             cells[name, f"{row['batch']} samples, {row['split']}"] = error
-    columns = sorted(
-        {cell[1] for cell in cells}, key=lambda text: (text.split()[-1], int(text.split()[0].strip("MB,") or 0))
-    )
+    columns = sorted({cell[1] for cell in cells}, key=lambda name: ("unequal" in name, int(re.search(r"\d+", name)[0])))
     lines = [
         [name, *(cells.get((name, column), "") for column in columns)] for name in dict.fromkeys(c[0] for c in cells)
     ]

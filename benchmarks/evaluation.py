@@ -1,4 +1,4 @@
-"""Accuracy of frozen features, and the information that held-out embeddings share."""
+"""Accuracy of frozen features."""
 
 from __future__ import annotations
 
@@ -14,14 +14,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from benchmarks.data import Task
-from mmi_loss import diagnostics
 
 Features = tuple[Tensor, Tensor]
 KNN_K = 20
 KNN_T = 0.1
-MEASURED_DIM = 32
-"""Mutual information is measured on a fixed random slice: 32 dimensions of several hundred held-out pairs."""
-MEASURED_PAIRS = 1024
 
 
 def features_of(backbone: nn.Module, task: Task) -> tuple[Features, Features]:
@@ -57,24 +53,3 @@ def linear_accuracy(train: Features, test: Features) -> float:
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300, tol=1e-3))
     probe.fit(train[0].numpy(), train[1].numpy())
     return float(np.mean(probe.predict(test[0].numpy()) == test[1].numpy()))
-
-
-@torch.inference_mode()
-def information(head: nn.Module, test: Features, task: Task) -> dict[str, float]:
-    """Bias-corrected mutual information, in nats, of two views of held-out images in a fixed slice of the projections.
-
-    Nothing where the task evaluates images without views, or the projections are not finite.
-    """
-    if task.views_per_image < 2:
-        return {}
-    per_image = test[0].unflatten(0, (-1, task.views_per_image))[:MEASURED_PAIRS]
-    was_training = head.training
-    head.eval()
-    device = next(head.parameters()).device
-    z_a, z_b = (head(per_image[:, view].to(device)).float().cpu() for view in (0, 1))
-    head.train(was_training)
-    if not (z_a.isfinite().all() and z_b.isfinite().all()):
-        return {}
-    dim = min(MEASURED_DIM, z_a.shape[1], (len(z_a) - 1) // 4)
-    directions = torch.randn(z_a.shape[1], dim, generator=torch.Generator().manual_seed(0))
-    return {"nats": round(float(diagnostics.mutual_information(z_a @ directions, z_b @ directions)), 4)}

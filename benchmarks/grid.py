@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import itertools
 import json
 import multiprocessing
 import sys
@@ -102,13 +101,11 @@ class Means:
         return cls(options.workers, options.accelerator, options.folder, quick)
 
 
-AXES = {"step": "optimiser steps", "seconds": "seconds of training", "knn": "kNN accuracy", "nats": "held-out nats"}
+AXES = {"step": "optimiser steps", "seconds": "seconds of training"}
 
 
-def draw(
-    rows: Sequence[environment.Row], path: Path, x: Sequence[str] = ("step",), y: Sequence[str] = ("knn",)
-) -> Path | None:
-    """Histories as lines, one per method: a panel per task, size and pair of axes. None where no run was made here."""
+def draw(rows: Sequence[environment.Row], path: Path, x: Sequence[str] = ("step",)) -> Path | None:
+    """KNN accuracy as lines, one per method: a panel per task, size and ``x``. None where no run was made here."""
     runs: dict[tuple[str, str, str, str], list[list[dict[str, float]]]] = defaultdict(list)
     for row in rows:
         points = history(row)
@@ -116,10 +113,10 @@ def draw(
             runs[row["task"], row["projector_dim"], row["batch_size"], row["method"]].append(points)
     panels: dict[str, dict[str, plots.Line]] = defaultdict(dict)
     for (task, dim, n, method), found in runs.items():
-        for across, up in itertools.product(x, y):
+        values = [[point["knn"] for point in points] for points in found]
+        for across in x:
             steps = [sum(points[i][across] for points in found) / len(found) for i in range(len(found[0]))]
-            values = [[point.get(up, float("nan")) for point in points] for points in found]
-            title = f"{task}, D = {dim}, N = {n}\n{AXES[up]} over {AXES[across]}"
+            title = f"{task}, D = {dim}, N = {n}\nkNN accuracy over {AXES[across]}"
             level = [] if method in losses.FIXED else steps
             panels[title][losses.title(method)] = plots.Line(level, values, plots.style(method))
     return plots.lines(panels, path) if panels else None

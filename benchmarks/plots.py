@@ -58,7 +58,7 @@ def save(figure: Any, path: Path) -> Path:
     figure.savefig(buffer, dpi=100)
     plt.close(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.open(buffer).convert("RGB").quantize(256).save(path, optimize=True)
+    Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
     return path
 
 

@@ -28,6 +28,14 @@ from benchmarks.environment import Row
 METHODS = ("barlow_twins", "vicreg", "mmi")
 BATCH_SIZE, SIZE, DIM = 64, 32, 512
 """SIZE: pixels of a side."""
+# Digits fill their images and a mirrored one is no digit.
+SHARED = f"""
+data.dataset=custom data.num_workers=0 optimizer.batch_size={BATCH_SIZE} +scheduler.warmup_epochs=1
+method_kwargs.proj_hidden_dim={DIM} method_kwargs.proj_output_dim={DIM} +knn_eval.enabled=True wandb.enabled=False
+auto_resume.enabled=False checkpoint.enabled=False +enable_progress_bar=False
+augmentations.0.crop_size={SIZE} augmentations.0.rrc.crop_min_scale=0.3 augmentations.0.horizontal_flip.prob=0.0
+augmentations.1.crop_size={SIZE} augmentations.1.rrc.crop_min_scale=0.3 augmentations.1.horizontal_flip.prob=0.0
+"""
 # solo-learn evaluates folders of images at 224 pixels, in a function which it tells its users to rewrite.
 SMALL_IMAGES = """
 import runpy, sys
@@ -64,32 +72,11 @@ def pretrain(
 ) -> dict[str, float]:
     """One run of ``main_pretrain.py``: the last epoch's kNN and linear accuracy, in percent, from Lightning's log."""
     overrides = [
-        f"method={method}",
-        f"name={method}-{seed}",
-        f"+seed={seed}",
-        "data.dataset=custom",
-        f"data.train_path={data / 'train'}",
-        f"data.val_path={data / 'val'}",
-        "data.num_workers=0",
-        f"optimizer.batch_size={BATCH_SIZE}",
-        f"optimizer.lr={rate}",
+        *SHARED.split(),
+        *(f"method={method}", f"name={method}-{seed}", f"+seed={seed}", f"optimizer.lr={rate}"),
+        *(f"data.train_path={data / 'train'}", f"data.val_path={data / 'val'}", f"+default_root_dir={out}"),
         f"max_epochs={options.epochs}",
-        "+scheduler.warmup_epochs=1",
-        f"method_kwargs.proj_hidden_dim={DIM}",
-        f"method_kwargs.proj_output_dim={DIM}",
-        "+knn_eval.enabled=True",
-        "wandb.enabled=False",
-        "auto_resume.enabled=False",
-        "checkpoint.enabled=False",
-        f"+default_root_dir={out}",
-        "+enable_progress_bar=False",
     ]
-    for view in (0, 1):  # digits fill their images and a mirrored one is no digit
-        overrides += [
-            f"augmentations.{view}.crop_size={SIZE}",
-            f"augmentations.{view}.rrc.crop_min_scale=0.3",
-            f"augmentations.{view}.horizontal_flip.prob=0.0",
-        ]
     if not torch.cuda.is_available():
         overrides += ["accelerator=cpu", "devices='1'", "strategy=auto", "precision=32-true", "sync_batchnorm=False"]
     command = [sys.executable, "-c", SMALL_IMAGES, str(SIZE)]

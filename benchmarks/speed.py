@@ -19,7 +19,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from benchmarks import environment, losses, plots, report, timing
+from benchmarks import environment, losses, report, timing
 from benchmarks.environment import Row
 from benchmarks.losses import Criterion
 from mmi_loss import MMILoss
@@ -32,19 +32,17 @@ MAX_MATRIX_BYTES = 1.5 * 2**30
 """A loss is skipped where its largest square matrix exceeds this: it does not fit beside its autograd copies."""
 MAX_FACTORED_ROWS = 7000
 """Factorisations of larger matrices take minutes; products do not."""
-LINES = ("mmi", "mmi_all", "barlow_twins", "vicreg", "simclr", "lejepa", "visreg", "frossl", "floor")
-"""Of the picture."""
 
 
 def main(arguments: list[str]) -> None:
-    """Measure, write the CSV, print the table, draw the pictures."""
+    """Measure, write the CSV, print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks speed", description=__doc__)
     parser.add_argument("--shapes", nargs="+", type=_shape, metavar="NxD", default=SHAPES, help="such as 256x2048")
     parser.add_argument("--losses", nargs="+", default=[*LOSSES, *FLOORS], metavar="LOSS")
     parser.add_argument("--solo-learn", type=Path, metavar="PATH", help="a clone of solo-learn, for its losses")
     parser.add_argument("--precision", choices=("float32", "bf16-autocast"), default="float32")
     parser.add_argument("--turns", type=int, default=11, help="turns of fast losses; slow ones get fewer")
-    parser.add_argument("--out", type=Path, default=environment.RUNS / "speed", help="folder for table and pictures")
+    parser.add_argument("--out", type=Path, default=environment.RUNS / "speed", help="folder for the CSV file")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", message=".*(objective=|lr_scheduler).*")
     path, again = options.out / "speed-cpu.csv", {(str(n), str(dim), options.precision) for n, dim in options.shapes}
@@ -58,7 +56,6 @@ def main(arguments: list[str]) -> None:
             environment.append(path, row)
     rows = environment.read(path)
     print(table(rows), table(rows, "memory"), environment.provenance(rows), sep="\n\n")
-    print(f"picture: {draw(rows, options.out / 'speed-cpu-time.png')}")
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -143,16 +140,3 @@ def table(rows: list[Row], *arguments: str) -> str:
             lines.append([losses.title(loss), *line])
     head = "peak extra memory, in inputs" if is_memory else "forward + backward"
     return report.table([f"{head}, N x D", *shapes], lines, bold=losses.title("mmi"))
-
-
-def draw(rows: list[Row], path: Path, n: str = "256") -> Path:
-    """Time against D at one N, log-log."""
-    drawn = {}
-    for loss in LINES:
-        rows_of = [row for row in rows if (row["loss"], row["n"], row["precision"]) == (loss, n, "float32")]
-        found = {int(row["d"]): float(row["median_ms"]) for row in rows_of}
-        if found:
-            style = plots.style(loss) | ({"color": "black", "linestyle": ":"} if loss in FLOORS else {})
-            drawn[losses.title(loss)] = plots.Line(sorted(found), [[found[d] for d in sorted(found)]], style)
-    scales = {"xscale": "log", "yscale": "log", "xlabel": "width of the projector, D", "ylabel": "ms"}
-    return plots.lines({f"forward + backward, N = {n}": drawn}, path, **scales)

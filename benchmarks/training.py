@@ -217,14 +217,12 @@ class Watch(pl.Callback):
         is_early = trainer.global_step < self.cell.steps - every // 2
         if is_early and trainer.global_step % every == 0:
             train, test = evaluation.features_of(module.backbone, self.task)
-            self.note(trainer.global_step, evaluation.knn_accuracy(train, test, self.task.num_classes), module, test)
+            self.note(trainer.global_step, evaluation.knn_accuracy(train, test, self.task.num_classes))
 
-    def note(self, step: int, knn: float, module: pl.LightningModule, test: evaluation.Features) -> None:
+    def note(self, step: int, knn: float) -> None:
         """One point of the history."""
-        nats = evaluation.information(module.head, test, self.task) if module.criterion is not None else {}
         seconds = sum(self.clock.seconds(*marks) for marks in self.marks)
-        point = {"step": step, "seconds": seconds, "knn": knn, **nats}
-        self.history.append({name: round(value, 4) for name, value in point.items()})
+        self.history.append({"step": step, "seconds": round(seconds, 3), "knn": round(knn, 4)})
 
 
 def pretrain(task: Task, cell: Cell, on_step: Callable[[], None] = lambda: None, accelerator: str = "cpu") -> Outcome:
@@ -256,7 +254,7 @@ def pretrain(task: Task, cell: Cell, on_step: Callable[[], None] = lambda: None,
     if train[0].isfinite().all() and test[0].isfinite().all():
         outcome.knn = evaluation.knn_accuracy(train, test, task.num_classes)
         outcome.linear = evaluation.linear_accuracy(train, test)
-        watch.note(len(watch.marks), outcome.knn, module, test)
+        watch.note(len(watch.marks), outcome.knn)
     if watch.marks:
         outcome.step_ms = 1e3 * statistics.median(watch.clock.seconds(*marks) for marks in watch.marks)
     if module.marks:

@@ -87,10 +87,7 @@ def test_every_method_runs(folder):
 @pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
 def test_optimizers_move_the_weights(optimizer, folder):
     task = grid.data.load("latent", folder / "runs" / "cache")
-    found = [
-        training.pretrain(task, cell(optimizer=optimizer, learning_rate=r, steps=4)).history[-1]["nats"]
-        for r in (0.0, 0.3)
-    ]
+    found = [training.pretrain(task, cell(optimizer=optimizer, learning_rate=r, steps=4)).linear for r in (0.0, 0.3)]
     assert found[0] != found[1]
 
 
@@ -143,7 +140,7 @@ def test_compare_runs_and_reports(folder, capsys):
     assert environment.read(out / "compare.csv") == rows
 
 
-def test_ablation_is_against_the_default(folder, capsys):
+def test_ablation_is_against_the_default(folder):
     def row(method, seed, score, n="256"):
         sizes = {"projector_dim": "512", "batch_size": n}
         return {"task": "t", "method": method, "seed": str(seed), "knn": str(score), "linear": str(score), **sizes}
