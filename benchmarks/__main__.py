@@ -13,7 +13,6 @@ COMMANDS = {
     "speed": "time and memory on the CPU against every rival, to the floor",
     "speed_cuda": "the kernels on a GPU: checked against float64, then timed beside every rival; --dry-run without one",
     "gauntlet": "half precision, dead features, NaN, resumes: ours and its rivals against their own definitions",
-    "distributed": "gradient errors under DDP and bytes sent, in real processes",
     "figures": "the paper's figures, and how much information chance alone shows",
     "solo_learn": "Barlow Twins, VICReg and MMI in an unmodified clone of solo-learn",
     "report": "a table of the stored results, and --write into the documents",

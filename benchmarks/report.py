@@ -41,7 +41,6 @@ TABLES = {
     "compare": "compare.csv",
     "ablate": "ablate.csv",
     "speed": "speed-cpu.csv",
-    "distributed": "distributed.csv",
     "solo_learn": "solo_learn.csv",
 }
 """Commands with a function ``table(rows, *arguments)``, and their stored rows."""

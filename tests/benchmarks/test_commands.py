@@ -9,8 +9,7 @@ pytest.importorskip("lightly", reason="lightly is not installed: pip install mmi
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install mmi-loss[bench]")
 
 from benchmarks import __main__ as command_line
-from benchmarks import demo, distributed, environment, grid, losses, speed, timing, training
-from mmi_loss.distributed import HEAD
+from benchmarks import demo, environment, grid, speed, timing, training
 
 
 @pytest.fixture(scope="module")
@@ -114,34 +113,6 @@ def solo_learn_in(folder):
     (losses / "barlow.py").write_text(local.format("barlow"))
     (losses / "vicreg.py").write_text("from solo.utils.misc import gather\n" + local.format("vicreg"))
     (folder / "solo" / "utils" / "misc.py").write_text("import no_such_package\ndef gather(x):\n    return x\n")
-
-
-def test_distributed(tmp_path, capsys):
-    """A loss that takes the processes with it is a row, not the end; solo-learn's losses come from its own files."""
-    solo_learn_in(tmp_path)
-    arguments = ["--worlds", "2", "--batches", "12", "--traffic-dim", "160", "--out", str(tmp_path)]
-    ours = "objective=content,logdet=cholesky,slice_dim=32"
-    arguments += ["--losses", f"{ours},slice_kind=gaussian", "barlow", "vicreg", "mmi"]
-    distributed.main([*arguments, "--solo-learn", str(tmp_path)])
-    path = tmp_path / "distributed.csv"
-    rows = environment.read(path)
-    by_cell = {(row["loss"], row["split"], row["dim"]): row for row in rows}
-    for split in ("equal", "unequal"):
-        assert float(by_cell[f"{ours},slice_kind=gaussian", split, "128"]["gradient_error"]) < 1e-12
-        assert float(by_cell["solo-learn barlow", split, "128"]["gradient_error"]) > 0.01
-    assert by_cell["vicreg", "unequal", "128"]["failure"]
-    # A head of fixed size, in which two views' sums find room; two 128 x 128 moments; their gradient: each goes round
-    # the ring, (W - 1) / W twice.
-    assert by_cell["mmi", "equal", "160"]["calls"] == "3"
-    assert int(by_cell["mmi", "equal", "160"]["ring_bytes"]) == HEAD + 4 * 2 * 2 * 128**2
-    assert int(by_cell["barlow_twins", "equal", "160"]["ring_bytes"]) == 4 * 2 * 160**2
-    shown = capsys.readouterr().out
-    assert "fails: vicreg" in shown
-    assert "MMI, worst of 1" in shown
-    distributed.main(arguments)  # nothing is left to do
-    assert environment.read(path) == rows
-    with pytest.raises(FileNotFoundError, match=r"barlow\.py is not there: --solo-learn takes a clone"):
-        losses.solo_learn(tmp_path / "nowhere")
 
 
 def test_command_line(monkeypatch, capsys):
