@@ -260,6 +260,9 @@ def _between_and_within(views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _lidar(between: Tensor, within: Tensor, n: int, constant: Tensor, delta: float = 1e-4) -> Tensor:
+    if len(between) + len(within) < between.shape[1]:  # what the rows do not span holds nothing
+        span = torch.linalg.qr(torch.cat([between, within]).mT).Q
+        between, within = between @ span, within @ span
     factor = torch.linalg.cholesky(within.mT @ within / n + delta * torch.eye(within.shape[1]).to(within))
     whitened = torch.linalg.solve_triangular(factor, between.mT, upper=False)
     return _effective_rank(_spectrum(whitened, float(constant.max()) * math.sqrt(n / delta)))

@@ -90,8 +90,10 @@ class Measures:
         dim = len(largest) // views
         # The first row is what the samples have in common: without it they are centred.
         raw, centred = rows[:, 1:], rows[1:, 1:]
-        size = stored * (math.sqrt(count) + math.sqrt(dim)) * largest[:dim].max()
-        spectrum = diagnostics._spectrum(centred[:, :dim], float(size))
+        # What rounding makes of a constant: in the samples as they were stored, and in the factorisation.
+        constant = (4 * stored + 16 * torch.finfo(rows.dtype).eps) * largest
+        size = _singular_size(constant[:dim], count)
+        spectrum = diagnostics._spectrum(centred[:, :dim], size)
         found: dict[str, Callable[[], Tensor]] = {
             "rank_me": lambda: diagnostics._rank_me(raw[:, :dim], 1e-7),
             "effective_rank": lambda: diagnostics._effective_rank(spectrum),
@@ -99,7 +101,7 @@ class Measures:
             "alpha_req": lambda: diagnostics._alpha_req(spectrum, 11, 100),
         }
         if views == 2:
-            constant = 4 * stored * torch.maximum(*largest.split(dim))
+            constant = torch.maximum(*constant.split(dim))
             k = max(1, min(dim, self.information_dim, count // 8))
             directions = torch.randn(dim, k, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(rows)
             directions = directions if k < dim else torch.eye(dim).to(rows)
@@ -159,6 +161,11 @@ def _between_and_within(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mutual_information(rows: Tensor, count: int, constant: Tensor) -> Tensor:
-    size = float(constant.max()) * (math.sqrt(count) + math.sqrt(len(constant)))
+    size = _singular_size(constant, count)
     basis_a, basis_b = (diagnostics._basis(z, size) for z in rows[1:, 1:].tensor_split(2, 1))
     return diagnostics._mutual_information(basis_a, basis_b, count, bias_correction=True)
+
+
+def _singular_size(deviations: Tensor, count: int) -> float:
+    """The largest singular value of so many rows of independent errors (Bai and Yin 1993)."""
+    return float(deviations.max()) * (math.sqrt(count) + math.sqrt(len(deviations)))
