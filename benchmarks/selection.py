@@ -54,6 +54,8 @@ CHOICES = ("task", "method", "rate", "dim", "batch_size", "seed")
 PLACES = ("features", "projections")
 MEASURES = [f"{place}_{name}" for place in PLACES for name in (*OF_ONE_VIEW, *OF_TWO_VIEWS)] + ["minus_loss"]
 ACCURACIES = ("knn", "linear")
+SMALLEST = 5
+"""Runs of a group that has a rank correlation worth the name."""
 MISLEADING, TRUSTED = 0.0, 0.5
 """A measure whose whole interval is below the first misleads; one whose is above the second can be trusted."""
 
@@ -136,7 +138,7 @@ def run_missing(options: argparse.Namespace, console: Console) -> None:
 
 def correlations(rows: Sequence[Row], keys: Sequence[str], draws: int = 500) -> list[dict[str, Any]]:
     """Of every measure and accuracy the mean over groups of runs alike in ``keys`` of Spearman's correlation, with a
-    bootstrap interval, and the worst group. Runs that diverged are left out; groups of less than five are too.
+    bootstrap interval, and the worst group. Runs that diverged are left out; so are the smallest groups.
     """
     names = [*MEASURES, *ACCURACIES]
     values = np.array([[float(row[name]) for name in names] for row in rows])
@@ -146,7 +148,9 @@ def correlations(rows: Sequence[Row], keys: Sequence[str], draws: int = 500) -> 
     groups: dict[tuple[str, ...], list[int]] = {}
     for index in np.flatnonzero(np.isfinite(values[:, -len(ACCURACIES) :]).all(1)):
         groups.setdefault(tuple(rows[index][key] for key in keys), []).append(int(index))
-    members = {key: values[indices] for key, indices in groups.items() if len(indices) >= 5}
+    members = {key: values[indices] for key, indices in groups.items() if len(indices) >= SMALLEST}
+    if not members:
+        return []
     generator = np.random.default_rng(0)
     point = np.array([_spearman(x) for x in members.values()])
     drawn = [
@@ -208,6 +212,8 @@ def tables(summary: Sequence[dict[str, Any]]) -> Iterator[Table]:
     """One of each question."""
     for question in QUESTIONS:
         rows = [one for one in summary if one["question"] == question]
+        if not rows:
+            continue
         table = Table(title=f"Spearman's rank correlation with accuracy {question}: {rows[0]['runs']} runs, 95 %")
         for column in ("measure", *ACCURACIES, "worst group", ""):
             table.add_column(column)
@@ -227,6 +233,8 @@ def draw(summary: Sequence[dict[str, Any]], path: Path) -> None:
     for axis, question in zip(axes, QUESTIONS, strict=True):
         rows = [one for one in summary if one["question"] == question]
         names = list(dict.fromkeys(one["measure"] for one in rows))[::-1]
+        if not names:
+            continue
         for offset, accuracy in zip((0.15, -0.15), ACCURACIES, strict=True):
             of_accuracy = {one["measure"]: one for one in rows if one["accuracy"] == accuracy}
             centre = np.array([of_accuracy[name]["correlation"] for name in names])
@@ -235,7 +243,7 @@ def draw(summary: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
         axis.axvline(0, color="grey", linewidth=0.8)
         axis.set(title=question, xlabel="rank correlation with accuracy", xlim=(-1, 1))
-    axes[0].legend()
+    axes[-1].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 
+GRACE = 5.0
+"""Seconds that others are given to answer once one has failed: they may wait for it."""
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 def isolated(timeout: float, *calls: Call) -> list[Any]:
     """The answers of functions that run at once, in a process each, forked from this one: they need not pickle.
 
-    An error is answered in words, a string. If one of the processes hangs for ``timeout`` seconds or ends, all are
-    ended, and every answer says how.
+    An error is answered in words, a string, as is that a process has not answered for ``timeout`` seconds, or for a few
+    after another's error. If a process ends, all are ended, and every answer says how.
 
     Raises:
         ValueError: This system has no fork (Windows).
@@ -45,10 +47,12 @@ def isolated(timeout: float, *calls: Call) -> list[Any]:
             ready: list[Any] = wait([receive for receive in owners if receive not in answers], timeout=0.5)
             left -= 0 if ready else 0.5  # by turns and not by the clock: the machine may have slept
             if left < 0:
-                return [f"hangs: no answer in {timeout:g} s"] * len(calls)
+                return [answers.get(receive, f"hangs: no answer in {timeout:g} s") for receive in owners]
             for receive in ready:
                 try:
                     answers[receive] = receive.recv()
+                    if isinstance(answers[receive], str):
+                        left = min(left, GRACE)
                 except EOFError:
                     owners[receive].join(5)
                     code = owners[receive].exitcode or 0

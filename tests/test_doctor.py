@@ -348,5 +348,8 @@ def test_isolated_answers_of_all():
     assert isolated(20, (max, (1, 2)), (os.getpid, ()))[0] == 2
     (text,) = isolated(20, (lambda: 1 / 0, ()))
     assert text == "fails: ZeroDivisionError: division by zero"
+    waits, fails = isolated(60, (time.sleep, (30,)), (int, ("x",)))  # a few seconds for the others
+    assert waits == "hangs: no answer in 60 s"
+    assert fails.startswith("fails: ValueError")
     one, other = isolated(20, (time.sleep, (30,)), (os._exit, (3,)))  # all are ended with the first
     assert one == other == "ends the process (3)"
