@@ -47,7 +47,7 @@ def isolated(timeout: float, *calls: Call) -> list[Any]:
             ready: list[Any] = wait([receive for receive in owners if receive not in answers], timeout=0.5)
             left -= 0 if ready else 0.5  # by turns and not by the clock: the machine may have slept
             if left < 0:
-                return [answers.get(receive, f"hangs: no answer in {timeout:g} s") for receive in owners]
+                return [answers.get(receive, f"gives no answer in {timeout:g} s") for receive in owners]
             for receive in ready:
                 try:
                     answers[receive] = receive.recv()

@@ -231,7 +231,7 @@ def test_planted_faults_are_named(criterion, check, severity, text):
 
 def test_a_loss_that_hangs_does_not_hang_the_doctor():
     begin = time.perf_counter()
-    assert found(hangs, "order", timeout=1) == [("fragile", "order", "the check hangs: no answer in 1 s")]
+    assert found(hangs, "order", timeout=1) == [("fragile", "order", "the check gives no answer in 1 s")]
     assert time.perf_counter() - begin < 20
 
 
@@ -275,7 +275,7 @@ def lightly_loss(name):
 @pytest.mark.parametrize(
     ("name", "forward", "check", "severity", "text"),
     [
-        ("BarlowTwinsLoss", "two", "ranks, equal", "wrong", "off that of all together: statistics are per rank"),
+        ("BarlowTwinsLoss", "two", "ranks, equal", "wrong", "off that of all together, as by statistics per rank"),
         ("DCLLoss", "two", "batches", "fragile", "N = 1: the loss is -inf"),
         ("VICRegLoss", "two", "half precision", "fragile", "float16, embeddings of size 100: .* not finite"),
         ("MMCRLoss", "nested", "invariances", "note", "ten times the scale of the embeddings changes the value"),
@@ -298,7 +298,7 @@ def test_barlow_twins_of_stable_pretraining_is_found():
     losses = pytest.importorskip("stable_pretraining.losses", reason="stable-pretraining is not installed")
     findings = found(losses.BarlowTwinsLoss, "ranks, equal")
     assert [severity for severity, _, _ in findings] == ["wrong"]
-    assert "statistics are per rank" in findings[0][2]
+    assert "as by statistics per rank" in findings[0][2]
 
 
 # The command
@@ -349,7 +349,7 @@ def test_isolated_answers_of_all():
     (text,) = isolated(20, (lambda: 1 / 0, ()))
     assert text == "fails: ZeroDivisionError: division by zero"
     waits, fails = isolated(60, (time.sleep, (30,)), (int, ("x",)))  # a few seconds for the others
-    assert waits == "hangs: no answer in 60 s"
+    assert waits == "gives no answer in 60 s"
     assert fails.startswith("fails: ValueError")
     one, other = isolated(20, (time.sleep, (30,)), (os._exit, (3,)))  # all are ended with the first
     assert one == other == "ends the process (3)"
