@@ -120,8 +120,8 @@ def markdown(rows: list[Row]) -> str:
         f"{rows[0]['torch']}, on the CPU, {left_out} (`python -m benchmarks doctor`).",
         "",
         "*Wrong* is a finite number that is not the right one, *fragile* an error or NaN on input that training can "
-        "bring. A loss may not have been meant for all of it: unequal batches, float16 or N = 1. N = 64 and D = 192 but "
-        "for what a text says, 32 and 48 for pytorch-metric-learning. Notes, such as a "
+        "bring. A loss may not have been meant for all of it: unequal batches, float16 or N = 1. N = 64 and D = 192 "
+        "but for what a text says, 32 and 48 for pytorch-metric-learning. Notes, such as a "
         f"dependence on scale, are in the [rows]({_link(environment.RESULTS / 'doctor.csv')}).",
         "",
         "| library | loss | called | wrong | fragile | notes |",
