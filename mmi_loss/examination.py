@@ -188,6 +188,8 @@ def _gradient(p: Patient) -> Found:
         moved = [i for i, g in enumerate(outcome.grads) if bool((g != 0).any())]
         for i in set(range(len(views))) - set(moved):
             yield NOTE, f"view {i + 1} of {shape} gets no gradient: a target"
+        if not moved:
+            continue
         each = [[i] for i in moved] if n == p.batch else []
         found = [_disagreement(p, views, outcome.grads, chosen) for chosen in (moved, *each)]
         if (off := max(error for error, _ in found)) > SLOPE:
