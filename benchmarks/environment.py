@@ -21,6 +21,7 @@ Row = dict[str, str]
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs")
 """Ignored by git: histories, drawn views, checkpoints, and the results of whoever tries a command."""
+NOT_OF_THE_LOSS = {"integrations", "diagnostics", "measures", "doctor", "examination", "isolation", "__main__"}
 BEFORE_DIGESTS = "before-digests"
 """In place of a digest, in rows that are older than the column."""
 
@@ -29,11 +30,11 @@ BEFORE_DIGESTS = "before-digests"
 def core_digest() -> str:
     """Names the code of the loss, without comments and docstrings: rows of another digest measured another loss.
 
-    Integrations, diagnostics and the doctor are not of the loss.
+    Integrations, measures of a representation and the doctor are not of the loss.
     """
     root, digest = Path(mmi_loss.__file__).parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        if not {"integrations", "diagnostics.py", "doctor.py", "__main__.py"} & set(path.relative_to(root).parts):
+        if not NOT_OF_THE_LOSS & {Path(part).stem for part in path.relative_to(root).parts}:
             tree = _WithoutText().visit(ast.parse(path.read_text()))
             digest.update(f"{path.relative_to(root).as_posix()}\n{ast.unparse(tree)}".encode())
     return digest.hexdigest()[:12]

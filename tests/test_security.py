@@ -182,9 +182,8 @@ def test_core_sends_writes_and_starts_nothing(tmp_path):
 
 
 BENCHMARKS = """
-from benchmarks import gauntlet, speed
+from benchmarks import speed
 out = {out!r}
-gauntlet.main(["--out", out, "--only", "good health", "NaN", "--losses", "default", "VICReg"])
 speed.main(["--shapes", "16x32", "--losses", "mmi", "floor", "--turns", "1", "--out", out])
 """
 
@@ -206,7 +205,7 @@ def test_benchmarks_write_only_where_told(tmp_path):
     started = {Path(event[1]).name for event in events if event[0] == "start"}
     assert started <= {"git", "fc-list", "ldconfig", "gcc", "ld", "sh"}
     assert left == set()
-    assert {"gauntlet.csv", "gauntlet.md", "speed-cpu.csv"} <= {path.name for path in out.iterdir()}
+    assert {"speed-cpu.csv"} <= {path.name for path in out.iterdir()}
 
 
 @pytest.mark.parametrize(
