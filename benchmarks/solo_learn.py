@@ -105,13 +105,8 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     path = options.out / "solo_learn.csv"
     head = environment.output(["git", "-C", str(options.checkout), "rev-parse", "--short", "HEAD"])
-    settings = {
-        "epochs": options.epochs,
-        "batch_size": BATCH_SIZE,
-        "size": SIZE,
-        "projector_dim": DIM,
-        "solo_learn": head,
-    }
+    settings = {"epochs": options.epochs, "batch_size": BATCH_SIZE, "size": SIZE, "projector_dim": DIM}
+    settings["solo_learn"] = head
     finished = {(row["method"], row["seed"], float(row["learning_rate"])) for row in environment.read(path)}
     with tempfile.TemporaryDirectory() as folder:
         export_digits(Path(folder, "digits"), SIZE)
