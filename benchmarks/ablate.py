@@ -7,6 +7,7 @@ kept: the same command goes on where it stopped. Ends with a table of the differ
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from statistics import fmean, variance
@@ -39,19 +40,12 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     path, means = options.out / "ablate.csv", grid.Means.of(options)
     # Seeds outermost: an early stop leaves every choice measured equally often.
-    cells = [
-        compare.cell(task, method, (dim, batch_size), seed, options.rate, options.steps, 1)
-        for seed in range(options.seeds)
-        for method in dict.fromkeys([OURS, *options.methods])
-        for dim in options.dims
-        for batch_size in options.batch_sizes
-        for task in options.tasks
-    ]
+    methods, budget = dict.fromkeys([OURS, *options.methods]), (options.rate, options.steps, 1)
+    every = itertools.product(range(options.seeds), methods, options.dims, options.batch_sizes, options.tasks)
+    cells = [compare.cell(task, method, (dim, n), seed, *budget) for seed, method, dim, n, task in every]
     if not options.report:
         grid.run(cells, path, means)
-    rows = grid.rows_of(cells, path)
-    if not rows:
-        raise SystemExit(f"{path} has no finished runs to report")
+    rows = grid.rows_of(path, cells)
     print(table(rows), environment.provenance(rows), sep="\n\n")
 
 
@@ -63,9 +57,8 @@ def table(rows: list[Row], dim: str = "", batch_size: str = "") -> str:
     """
     scores: dict[tuple[str, ...], dict[int, float]] = defaultdict(dict)
     for row in rows:
-        scores[row["projector_dim"], row["batch_size"], row["method"], row["task"]][int(row["seed"])] = report.score(
-            row
-        )
+        which = (row["projector_dim"], row["batch_size"], row["method"], row["task"])
+        scores[which][int(row["seed"])] = report.score(row)
     differences: dict[tuple[str, ...], list[float]] = {}
     for (d, n, method, task), ours in scores.items():
         default = scores.get((d, n, OURS, task), {})
@@ -76,12 +69,12 @@ def table(rows: list[Row], dim: str = "", batch_size: str = "") -> str:
     spread = {task: _spread([found for which, found in differences.items() if which[3] == task]) for task in tasks}
     for d, n, method in dict.fromkeys(which[:3] for which in differences):
         if dim in ("", d) and batch_size in ("", n):
-            line = [(differences.get((d, n, method, task)), spread[task]) for task in tasks]
-            shown = [
-                f"{fmean(found):+.3f} ± {half / len(found) ** 0.5:.3f} ({len(found)})" if found else ""
-                for found, half in line
-            ]
-            lines.append([method, d, n, *shown])
+            line = [method, d, n]
+            for task in tasks:
+                found = differences.get((d, n, method, task), [])
+                shown = f"{fmean(found):+.3f} ± {spread[task] / len(found) ** 0.5:.3f} ({len(found)})" if found else ""
+                line.append(shown)
+            lines.append(line)
     return report.table(["in place of the default", "D", "N", *(f"{task} (seeds)" for task in tasks)], lines)
 
 

@@ -26,8 +26,7 @@ BATCH_SIZES = (32, 64, 128, 256, 512, 1024)
 STEPS = {"latent": 200, "photographs": 300, "glyphs": 300}
 """Optimiser steps at N = 256, where they are not 150; others take 16 / sqrt(N) times as many."""
 RATES = (4e-3, 1.6e-2)
-TUNING_SEED = 100
-TUNING_SIZE = (512, 256)
+TUNING_SEED, TUNING_SIZE = 100, (512, 256)
 
 
 def main(arguments: list[str]) -> None:
@@ -39,15 +38,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rates", nargs="+", type=float, help="try these instead of the grids, report each one's best")
     options = parser.parse_args(arguments)
     path, means = options.out / "compare.csv", grid.Means.of(options)
-    rows = environment.read(path)
+    wanted: list[Cell] = []
     if not options.report:
         chosen = {} if options.rates else tune(options, options.out / "rates.csv", means)
-        wanted = cells(options, chosen)
+        wanted = cells(options, chosen)  # not those of a rate that a larger grid has overtaken
         grid.run(wanted, path, means)
-        rows = grid.rows_of(wanted, path)  # without those of a rate that a larger grid has overtaken
-    rows = [row for row in at_best_rates(rows) if row["task"] in options.tasks and row["method"] in options.methods]
-    if not rows:
-        raise SystemExit(f"{path} has no finished runs to report")
+    rows = at_best_rates(grid.rows_of(path, wanted, task=options.tasks, method=options.methods))
     print(table(rows), environment.provenance(rows), sep="\n\n")
     for dim, batch_size in sorted({cell[1:] for cell in Results(rows).cells}):
         print(f"\n{table(rows, str(dim), str(batch_size))}")
@@ -142,12 +138,10 @@ def table(rows: list[Row], dim: str = "", batch_size: str = "") -> str:
 def draw_map(rows: list[Row], path: Path) -> Path | None:
     """The picture of ours against the best rival of every cell; none where there is no such pair."""
     results = Results(rows)
-    maps: dict[tuple[str, str], dict[tuple[int, int], plots.Patch]] = defaultdict(dict)
+    maps: dict[tuple[str, str], dict[tuple[int, int], tuple[str, report.Difference]]] = defaultdict(dict)
     for metric, name in METRICS.items():
         for found in results.cells:
             best = results.against_best(found, metric)
             if best:
-                rival, difference = best
-                patch = plots.Patch(difference.mean, difference.is_clear, difference.seeds, title(rival))
-                maps[name, found[0]][found[1:]] = patch
+                maps[name, found[0]][found[1:]] = title(best[0]), best[1]
     return plots.difference_maps(maps, path) if maps else None

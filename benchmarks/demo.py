@@ -25,29 +25,24 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="lars")
     parser.add_argument("--rate", type=float, help="one rate for all, in place of each method's best")
     parser.add_argument("--fresh", action="store_true", help="forget finished runs")
+    parser.set_defaults(evaluations=6)
     options = parser.parse_args(arguments)
-    changes = {"optimizer": options.optimizer}
     if options.quick:
-        given = {word.split("=")[0] for word in arguments}
-        quick = {name: value for name, value in QUICK.items() if f"--{name}" not in given}
-        changes["evaluations"] = quick.pop("evaluations")
-        vars(options).update(quick)
+        parser.set_defaults(**QUICK)
+        options = parser.parse_args(arguments)
     path = options.out / ("quick.csv" if options.quick else "demo.csv")
     if options.fresh:
         path.unlink(missing_ok=True)
     means = grid.Means.of(options, options.quick)
     for task in options.tasks:
-        known = rates.stored(task, options.optimizer)
-        if options.optimizer == "lars":
-            known = {**rates.EARLIER, "lejepa": 16.0, "visreg": 16.0} | known  # until their grid is stored
+        known = (rates.EARLIER if options.optimizer == "lars" else {}) | rates.stored(task, options.optimizer)
         missing = [m for m in options.methods if m not in known and m != UNTRAINED and not options.rate]
         if missing:
-            raise SystemExit(
-                f"no stored rate of {', '.join(missing)} for {options.optimizer}: give one by --rate, or measure by "
-                f"python -m benchmarks rates --methods {' '.join(missing)} --optimizers {options.optimizer} "
-                "--out benchmarks/results"
-            )
+            command = f"python -m benchmarks rates --methods {' '.join(missing)} --optimizers {options.optimizer}"
+            unknown = f"no stored rate of {', '.join(missing)} for {options.optimizer}"
+            raise SystemExit(f"{unknown}: give one by --rate, or measure by {command} --out benchmarks/results")
         # Seeds outermost: an early stop leaves every method measured equally often.
+        changes = {"optimizer": options.optimizer, "evaluations": options.evaluations}
         cells = [
             rates.cell(task, method, seed, options.rate or known.get(method, 0.0), options, **changes)
             for seed in range(options.seeds)
@@ -59,7 +54,7 @@ def main(arguments: list[str]) -> None:
         )
         if not options.report:
             grid.run(cells, path, means)
-        rows = grid.rows_of(cells, path)
+        rows = grid.rows_of(path, cells)
         print(table(rows))
         picture = grid.draw(rows, path.with_name(f"{path.stem}-{task}.png"), x=("step", "seconds"))
         print(f"picture: {picture}" if picture else "no picture: the runs were not made on this machine")

@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,13 @@ def append(path: Path, row: dict[str, Any]) -> None:
         ValueError: The file has other columns, as one written by an older form of the command has.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
     with path.open("a+", newline="") as file:
         file.seek(0)
         header = next(csv.reader(file), None)
-        if not is_new and header != list(row):
+        if header and set(header) != set(row):
             raise ValueError(f"{path} has the columns {header}, not {list(row)}: move it away or choose another file")
-        writer = csv.DictWriter(file, list(row))
-        if is_new:
+        writer = csv.DictWriter(file, header or list(row))
+        if not header:
             writer.writeheader()
         writer.writerow(row)
         file.flush()
@@ -98,15 +98,15 @@ def read(path: Path) -> list[Row]:
 
 def provenance(rows: list[Row]) -> str:
     """Which core, commits and devices made the rows, in a line; several cores are counted, because they may differ."""
-    cores: dict[str, int] = {}
-    for row in rows:
-        cores[row["core"]] = cores.get(row["core"], 0) + 1
+    cores = Counter(row["core"] for row in rows if "core" in row)
+    parts = [f"{len(rows)} rows", *(f"core {core}" for core in cores)]
     if len(cores) > 1:
-        made_by = "MIXED CORES: " + ", ".join(f"{core} ({count} rows)" for core, count in cores.items())
-    else:
-        made_by = f"core {next(iter(cores), 'none')}"
-    names = {name: ", ".join(sorted({row[name] for row in rows})) for name in ("commit", "torch", "device")}
-    return f"{len(rows)} rows, {made_by}; commit {names['commit']}; torch {names['torch']}; {names['device']}"
+        parts[1:] = ["MIXED CORES: " + ", ".join(f"{core} ({count} rows)" for core, count in cores.items())]
+    text = ", ".join(parts)
+    for name, label in {"commit": "; commit ", "torch": "; torch ", "device": "; "}.items():
+        found = sorted({row[name] for row in rows if name in row})  # the doctor's rows have torch alone
+        text += label + ", ".join(found) if found else ""
+    return text
 
 
 def output(command: list[str]) -> str:

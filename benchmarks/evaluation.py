@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from lightly.utils.benchmarking import knn_predict
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 from benchmarks.data import Task
 
 Features = tuple[Tensor, Tensor]
-KNN_K = 20
-KNN_T = 0.1
+KNN_K, KNN_T = 20, 0.1
 
 
 def features_of(backbone: nn.Module, task: Task) -> tuple[Features, Features]:
@@ -51,5 +49,4 @@ def knn_accuracy(train: Features, test: Features, num_classes: int) -> float:
 def linear_accuracy(train: Features, test: Features) -> float:
     """Accuracy of a logistic regression on standardised features."""
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300, tol=1e-3))
-    probe.fit(train[0].numpy(), train[1].numpy())
-    return float(np.mean(probe.predict(test[0].numpy()) == test[1].numpy()))
+    return float(probe.fit(*(part.numpy() for part in train)).score(*(part.numpy() for part in test)))

@@ -37,6 +37,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, help="of figure 4, in place of each task's own")
     parser.set_defaults(seeds=2)
     options = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore", message="objective=", category=UserWarning)
     for name in options.only:
         print(f"picture: {FIGURES[name](options, options.out / f'figure-{name}.png')}")
 
@@ -91,16 +92,12 @@ def logarithm(options: argparse.Namespace, path: Path) -> Path:
 def cells(options: argparse.Namespace) -> list[Cell]:
     """Figure 4's runs: the joint form by the series, a beta each, and with the exact logarithm beside them."""
     joint = "objective=joint,slice_dim=None"
-    return [
-        Cell(
-            *(task, method, DIM, BATCH_SIZE, seed, RATE, options.steps or TASKS[task]),
-            evaluations=8,
-            backbone=grid.BACKBONES.get(task, "tiny"),
-        )
-        for seed in range(options.seeds)
-        for task in options.tasks
-        for method in (*(f"{joint},logdet=taylor,beta={beta}" for beta in BETAS), joint)
-    ]
+    methods = [*(f"{joint},logdet=taylor,beta={beta}" for beta in BETAS), joint]
+    found = []
+    for seed, task, method in itertools.product(range(options.seeds), options.tasks, methods):
+        settings = (task, method, DIM, BATCH_SIZE, seed, RATE, options.steps or TASKS[task])
+        found.append(Cell(*settings, evaluations=8, backbone=grid.BACKBONES.get(task, "tiny")))
+    return found
 
 
 def convergence(options: argparse.Namespace, path: Path) -> Path | None:
@@ -108,7 +105,7 @@ def convergence(options: argparse.Namespace, path: Path) -> Path | None:
     wanted, results = cells(options), options.out / "figure4.csv"
     if not options.report:
         grid.run(wanted, results, grid.Means.of(options))
-    return grid.draw(grid.rows_of(wanted, results), path)
+    return grid.draw(grid.rows_of(results, wanted), path)
 
 
 def chance(options: argparse.Namespace, path: Path) -> Path:
@@ -119,12 +116,9 @@ def chance(options: argparse.Namespace, path: Path) -> Path:
         found = []
         for n in SAMPLES:
             views = torch.randn(REPEATS, 2, n, 512, generator=torch.Generator().manual_seed(n))
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="objective=", category=UserWarning)
-                found.append(float(np.mean([-float(criterion(*pair)) for pair in views])))
-        lines[f"{objective}, {f'slice of {slice_dim}' if slice_dim else 'all features'}"] = plots.Line(
-            [*SAMPLES], [found]
-        )
+            found.append(float(np.mean([-float(criterion(*pair)) for pair in views])))
+        label = f"{objective}, {f'slice of {slice_dim}' if slice_dim else 'all features'}"
+        lines[label] = plots.Line([*SAMPLES], [found])
     shown = [[name, *(f"{nats:.2f}" for nats in line.y[0])] for name, line in lines.items()]
     print(report.table(["independent views show, nats", *(f"N = {n}" for n in SAMPLES)], shown))
     axes = {"xlabel": "samples N", "ylabel": "nats", "xscale": "log", "yscale": "log"}

@@ -20,8 +20,8 @@ import json
 import multiprocessing
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,24 +39,25 @@ BACKBONES = {"latent": "mlp", "photographs": "residual", "glyphs": "residual"}
 """Of tasks that are not the small embedded images; ``pixels`` of the method of that name."""
 
 
-def parser(name: str, text: str | None, tasks: Sequence[str], methods: Sequence[str] = ()) -> argparse.ArgumentParser:
+def parser(
+    name: str, text: str | None, tasks: Sequence[str], methods: Sequence[str] = (), one_process: bool = False
+) -> argparse.ArgumentParser:
     """The options that all commands which train a grid have in common."""
     shared = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=text)
-    shared.add_argument(
-        "--tasks", nargs="+", choices=data.TASKS, default=list(tasks), metavar="TASK", help=", ".join(data.TASKS)
-    )
+    several = functools.partial(shared.add_argument, nargs="+")
+    several("--tasks", choices=data.TASKS, default=list(tasks), metavar="TASK", help=", ".join(data.TASKS))
     if methods:
         known = f"{', '.join([*losses.FIXED, *losses.LOSSES, losses.SUPERVISED])}, or options such as snr=256"
-        shared.add_argument(
-            "--methods", nargs="+", type=losses.method, default=list(methods), metavar="METHOD", help=known
-        )
+        several("--methods", type=losses.method, default=list(methods), metavar="METHOD", help=known)
     shared.add_argument("--folder", type=Path, help="where the data of a task that is not embedded lie")
     shared.add_argument("--photographs", metavar="DIR", help="folder of Fashion-MNIST (docs/data.md)")
     shared.add_argument("--num-photographs", type=int, help="of 60,000, to train on (default 12000)")
-    shared.add_argument("--fonts", nargs="+", metavar="DIR", help="folders of fonts for glyphs, not matplotlib's")
+    several("--fonts", metavar="DIR", help="folders of fonts for glyphs, not matplotlib's")
     shared.add_argument("--seeds", type=int, default=3)
-    shared.add_argument("--workers", type=int, default=1, help="processes with a thread each; 1: this one, all threads")
-    shared.add_argument("--accelerator", default="cpu", help="Lightning's")
+    if not one_process:
+        threads = "processes with a thread each; 1: this one, all threads"
+        shared.add_argument("--workers", type=int, default=1, help=threads)
+        shared.add_argument("--accelerator", default="cpu", help="Lightning's")
     shared.add_argument("--out", type=Path, default=environment.RUNS / name, help="folder for results and pictures")
     shared.add_argument("--report", action="store_true", help="train nothing: report finished runs")
     return shared
@@ -68,10 +69,17 @@ def missing(cells: Sequence[Cell], path: Path) -> list[Cell]:
     return [cell for cell in cells if cell.key not in finished]
 
 
-def rows_of(cells: Sequence[Cell], path: Path) -> list[environment.Row]:
-    """The finished rows of the cells, in the file's order."""
-    wanted = {cell.key for cell in cells}
-    return [row for row in environment.read(path) if row["cell"] in wanted]
+def rows_of(path: Path, cells: Sequence[Cell] = (), **wanted: Collection[str]) -> list[environment.Row]:
+    """The finished rows of the cells, or those with the ``wanted`` values, in the file's order.
+
+    Raises:
+        SystemExit: There are none.
+    """
+    wanted = {"cell": {cell.key for cell in cells}} if cells else dict(wanted)
+    found = [row for row in environment.read(path) if all(row[name] in values for name, values in wanted.items())]
+    if not found:
+        raise SystemExit(f"{path} has no finished runs to report")
+    return found
 
 
 def history(row: environment.Row) -> list[dict[str, float]]:
@@ -98,7 +106,8 @@ class Means:
     def of(cls, options: argparse.Namespace, quick: bool = False) -> Means:
         """As the command line has them. Call it before making cells: folders of data are part of a cell's key."""
         data.configure(options.photographs, options.num_photographs, options.fonts)
-        return cls(options.workers, options.accelerator, options.folder, quick)
+        own = {name: value for name, value in vars(options).items() if name in ("workers", "accelerator", "folder")}
+        return cls(**own, quick=quick)
 
 
 AXES = {"step": "optimiser steps", "seconds": "seconds of training"}
@@ -162,15 +171,13 @@ def run(cells: Sequence[Cell], path: Path, means: Means | None = None) -> None:
                     finished(cell, functools.partial(_run, cell, means, on_step))
             else:
                 # Spawned, not forked: torch's threads do not survive a fork.
-                context = multiprocessing.get_context("spawn")
-                with ProcessPoolExecutor(means.workers, context, _start_worker) as pool:
-                    running: dict[Future[Finished], Cell] = {pool.submit(_run, cell, means): cell for cell in todo}
+                spawn, one_thread = multiprocessing.get_context("spawn"), functools.partial(torch.set_num_threads, 1)
+                with ProcessPoolExecutor(means.workers, spawn, one_thread) as pool:
+                    running = {pool.submit(_run, cell, means): cell for cell in todo}
                     try:
-                        while running:
-                            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                                cell = running.pop(future)
-                                finished(cell, future.result)
-                                progress.update(bar, advance=cell.steps, description=cell.label)
+                        for future in as_completed(running):
+                            finished(running[future], future.result)
+                            progress.update(bar, advance=running[future].steps, description=running[future].label)
                     except BaseException:
                         pool.shutdown(wait=False, cancel_futures=True)
                         raise
@@ -179,10 +186,6 @@ def run(cells: Sequence[Cell], path: Path, means: Means | None = None) -> None:
             sys.exit(130)
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(todo)} cells failed:\n" + "\n".join(failed))
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)
 
 
 @functools.lru_cache
@@ -194,10 +197,6 @@ def _run(cell: Cell, means: Means, on_step: Callable[[], None] = lambda: None) -
     is_cpu = means.accelerator == "cpu" or not torch.cuda.is_available()
     where = environment.columns("cpu" if is_cpu else "cuda")
     outcome = training.pretrain(_task(cell.task, means), cell, on_step, means.accelerator)
-    measured = {
-        "knn": round(outcome.knn, 4),
-        "linear": round(outcome.linear, 4),
-        "loss_ms": round(outcome.loss_ms, 3),
-        "step_ms": round(outcome.step_ms, 2),
-    }
+    places = {"knn": 4, "linear": 4, "loss_ms": 3, "step_ms": 2}
+    measured = {name: round(getattr(outcome, name), digits) for name, digits in places.items()}
     return {"cell": cell.key, **dataclasses.asdict(cell), **measured, **where}, outcome.history

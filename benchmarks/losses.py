@@ -35,7 +35,7 @@ class Loss:
     Attributes:
         title: Its name in print.
         library: Where it comes from.
-        make: ``make(gather)``; with ``gather`` it takes its statistics over all ranks.
+        make: ``make()`` is a new one with its library's settings.
         fast: The same number and gradient on one device in less time, where there is such a form: for training runs
             whose time is not the question.
         square: Rows of the largest square matrix it builds, of N and D.
@@ -44,14 +44,14 @@ class Loss:
 
     title: str
     library: str
-    make: Callable[[bool], nn.Module]
+    make: Callable[[], nn.Module]
     fast: Callable[[], nn.Module] | None = None
     square: Callable[[int, int], int] = lambda n, dim: 0
     options: dict[str, Any] | None = field(default=None)
 
-    def criterion(self, gather: bool = False, fast: bool = False) -> nn.Module:
+    def criterion(self, fast: bool = False) -> nn.Module:
         """A new criterion, in its fast form where that is wanted and there is one."""
-        return self.fast() if fast and self.fast and not gather else self.make(gather)
+        return self.fast() if fast and self.fast else self.make()
 
 
 def ours(title: str, **options: Any) -> Loss:
@@ -62,17 +62,7 @@ def ours(title: str, **options: Any) -> Loss:
         is_joint = options.get("objective") == "joint"
         return options.get("slice_dim", 1) or (min(n, 2 * dim) if is_joint else min(2 * n, dim))
 
-    return Loss(title, "mmi-loss", lambda gather: MMILoss(**options, gather_distributed=gather), None, square, options)
-
-
-def lightlys(
-    title: str,
-    make: Callable[..., nn.Module],
-    fast: Callable[[], nn.Module] | None = None,
-    square: Callable[[int, int], int] = lambda n, dim: 0,
-) -> Loss:
-    """A loss of lightly that can gather."""
-    return Loss(title, "lightly", lambda gather: make(gather_distributed=gather), fast, square)
+    return Loss(title, "mmi-loss", functools.partial(MMILoss, **options), None, square, options)
 
 
 def _squared_norm_of_product(a: Tensor, b: Tensor) -> Tensor:
@@ -150,17 +140,17 @@ LOSSES: dict[str, Loss] = {
     "mmi_joint": ours("MMI joint", objective="joint"),
     "mmi_joint_all": ours("MMI joint, all features", objective="joint", slice_dim=None),
     "mmi_paper": ours("MMI as in the paper (our reading)", **MMILoss.paper().options.given()),
-    "barlow_twins": lightlys("Barlow Twins", lightly.loss.BarlowTwinsLoss, FastBarlowTwins, lambda n, d: d),
-    "vicreg": lightlys("VICReg", lightly.loss.VICRegLoss, FastVICReg, lambda n, d: d),
-    "simclr": lightlys("SimCLR", lightly.loss.NTXentLoss),
-    "lejepa": lightlys("LeJEPA", LeJEPA),
-    "simclr_02": lightlys("SimCLR, τ = .2", functools.partial(lightly.loss.NTXentLoss, 0.2)),
-    "simclr_01": lightlys("SimCLR, τ = .1", functools.partial(lightly.loss.NTXentLoss, 0.1)),
-    "visreg": lightlys("VISReg", functools.partial(VISReg, 0.6)),
-    "visreg_09": lightlys("VISReg, λ = .9", VISReg),
-    "frossl": Loss("FroSSL", "lightly", lambda gather: FroSSL(), square=min),
+    "barlow_twins": Loss("Barlow Twins", "lightly", lightly.loss.BarlowTwinsLoss, FastBarlowTwins, lambda n, d: d),
+    "vicreg": Loss("VICReg", "lightly", lightly.loss.VICRegLoss, FastVICReg, lambda n, d: d),
+    "simclr": Loss("SimCLR", "lightly", lightly.loss.NTXentLoss),
+    "lejepa": Loss("LeJEPA", "lightly", LeJEPA),
+    "simclr_02": Loss("SimCLR, τ = .2", "lightly", functools.partial(lightly.loss.NTXentLoss, 0.2)),
+    "simclr_01": Loss("SimCLR, τ = .1", "lightly", functools.partial(lightly.loss.NTXentLoss, 0.1)),
+    "visreg": Loss("VISReg", "lightly", functools.partial(VISReg, 0.6)),
+    "visreg_09": Loss("VISReg, λ = .9", "lightly", VISReg),
+    "frossl": Loss("FroSSL", "lightly", FroSSL, square=min),
     # Its svd makes a D x D matrix of every sample.
-    "mmcr": Loss("MMCR", "lightly", lambda gather: MMCR(), square=lambda n, d: math.isqrt(n) * d),
+    "mmcr": Loss("MMCR", "lightly", MMCR, square=lambda n, d: math.isqrt(n) * d),
 }
 UNTRAINED, PIXELS, SUPERVISED = "untrained", "pixels", "supervised"
 """Methods of a comparison that have no loss: before training, without a network, and trained with labels."""

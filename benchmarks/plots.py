@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,26 +11,17 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from benchmarks.report import Difference
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLOURS = {
-    "mmi": "#d62728",
-    "vicreg": "#1f77b4",
-    "barlow_twins": "#2ca02c",
-    "simclr": "#17becf",
-    "lejepa": "#e377c2",
-    "visreg": "#bcbd22",
-    "frossl": "#9467bd",
-    "mmcr": "#8c564b",
-    "mmi_all": "#ff7f0e",
-    "mmi_joint_all": "#ff9896",
-    "mmi_paper": "#f7b6d2",
-    "mmi_exchangeable": "#ffbb78",
-    "mmi_joint": "#aec7e8",
-    "supervised": "#7f7f7f",
-    "untrained": "#bbbbbb",
-}
+    "mmi": "#d62728", "vicreg": "#1f77b4", "barlow_twins": "#2ca02c", "simclr": "#17becf", "lejepa": "#e377c2",
+    "visreg": "#bcbd22", "frossl": "#9467bd", "mmcr": "#8c564b", "mmi_all": "#ff7f0e", "mmi_joint_all": "#ff9896",
+    "mmi_paper": "#f7b6d2", "mmi_exchangeable": "#ffbb78", "mmi_joint": "#aec7e8",
+    "supervised": "#7f7f7f", "untrained": "#bbbbbb",
+}  # fmt: skip
 MAP_RANGE = 0.1
 
 
@@ -84,23 +75,32 @@ def lines(panels: Panels, path: Path, **axis_options: Any) -> Path:
         axis.set(**axis_options)
         axis.grid(alpha=0.3)
     in_a_line = 2 if max(map(len, entries), default=0) > 25 else 4
-    figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=in_a_line, fontsize=8, frameon=False
-    )
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": in_a_line}
+    figure.legend(entries.values(), entries.keys(), fontsize=8, frameon=False, **place)
     return save(figure, path)
 
 
-class Patch(NamedTuple):
-    """A cell of a difference map: the difference to a rival, whether its interval leaves zero out, its seeds."""
+def intervals(panels: Mapping[str, Mapping[str, Sequence[Any]]], labels: Sequence[str], path: Path, what: str) -> Path:
+    """A panel per title, downwards every name's (centres, low ends, high ends), each of one value per label."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 5.5), layout="constrained", squeeze=False)
+    for axis, (title, by_name) in zip(axes.flat, panels.items(), strict=True):
+        values = np.array(list(by_name.values())).reshape(-1, 3, len(labels))
+        for i, label in enumerate(labels):
+            centre, low, high = values[..., i].T
+            height = np.arange(len(values)) + 0.3 * (i / max(1, len(labels) - 1) - 0.5)
+            axis.errorbar(centre, height, xerr=abs(np.stack([low, high]) - centre), fmt="o", capsize=2, label=label)
+        axis.set_yticks(range(len(values)), list(by_name))
+        axis.invert_yaxis()
+        axis.axvline(0, color="grey", linewidth=0.8)
+        axis.set(title=title, xlabel=what, xlim=(-1, 1), xticks=np.linspace(-1, 1, 5))
+    axes.flat[-1].legend()
+    return save(figure, path)
 
-    difference: float
-    is_clear: bool
-    seeds: int
-    rival: str
 
-
-def difference_maps(maps: Mapping[tuple[str, str], Mapping[tuple[int, int], Patch]], path: Path) -> Path:
-    """Paired differences over D (down) and N (across): a column of maps per task, a line per metric.
+def difference_maps(
+    maps: Mapping[tuple[str, str], Mapping[tuple[int, int], tuple[str, Difference]]], path: Path
+) -> Path:
+    """Differences to the rival of that name over D (down) and N (across): a column of maps per task, a line per metric.
 
     Blue: above the rival; red: below. Bold: the interval leaves zero out; in grey a single seed.
     """
@@ -111,18 +111,18 @@ def difference_maps(maps: Mapping[tuple[str, str], Mapping[tuple[int, int], Patc
         axis = axes[metrics.index(metric), tasks.index(task)]
         dims, batches = (sorted({sizes[i] for sizes in cells}) for i in (0, 1))
         values = np.full((len(dims), len(batches)), np.nan)
-        for (dim, n), patch in cells.items():
+        for (dim, n), (rival, difference) in cells.items():
             i, j = dims.index(dim), batches.index(n)
-            values[i, j] = patch.difference
-            is_dark = abs(patch.difference) > 0.7 * MAP_RANGE
-            axis.text(
-                *(j, i, f"{patch.difference:+.3f}\n{patch.rival}"),
-                ha="center",
-                va="center",
-                fontsize=7,
-                weight="bold" if patch.is_clear else "normal",
-                color="white" if is_dark else "#666666" if patch.seeds == 1 else "black",
-            )
+            values[i, j] = difference.mean
+            look = {
+                "ha": "center",
+                "va": "center",
+                "fontsize": 7,
+                "weight": "bold" if difference.is_clear else "normal",
+            }
+            is_dark = abs(difference.mean) > 0.7 * MAP_RANGE
+            look["color"] = "white" if is_dark else "#666666" if difference.seeds == 1 else "black"
+            axis.text(j, i, f"{difference.mean:+.3f}\n{rival}", **look)
         picture = axis.imshow(values, cmap="RdBu", vmin=-MAP_RANGE, vmax=MAP_RANGE, aspect="auto")
         axis.set_xticks(range(len(batches)), labels=map(str, batches))
         axis.set_yticks(range(len(dims)), labels=map(str, dims))

@@ -22,10 +22,10 @@ Which = tuple[str, ...]
 """A task, an optimiser and a method; or whatever else has a grid of its own."""
 METHODS = ("mmi", "mmi_joint_all", "barlow_twins", "vicreg", "visreg", "lejepa", "supervised")
 START = {"adamw": (1e-3, 4e-3), "lars": (2.0, 8.0), "sgd": (0.03, 0.12), "sgd-plain": (0.3, 1.2)}
-FACTOR = 4.0
-ROUNDS = 4
+FACTOR, ROUNDS = 4.0, 4
 EARLIER = {"mmi": 32.0, "mmi_joint_all": 32.0, "barlow_twins": 1.0, "vicreg": 16.0, "supervised": 8.0}
-"""LARS's rates of the demo whose rows are stored, from a grid whose rows are not."""
+EARLIER |= {"lejepa": 16.0, "visreg": 16.0}
+"""LARS's rates of the demo whose rows are stored, from grids whose rows are not."""
 NEAR = 0.02
 """A rate whose score is within this of the best does as well."""
 
@@ -41,15 +41,10 @@ def network_options(parser: argparse.ArgumentParser) -> None:
 
 def cell(task: str, method: str, seed: int, rate: float, options: argparse.Namespace, **changes: Any) -> Cell:
     """A run by the network options."""
-    settings = {
-        "evaluations": 6,
-        "optimizer": "lars",
-        "backbone": grid.BACKBONES.get(task, options.backbone),
-        "hidden_dim": options.dim,
-        "precision": options.precision,
-        "own": True,  # times are shown
-    }
-    return Cell(task, method, options.dim, options.batch_size, seed, rate, options.steps, **{**settings, **changes})
+    settings: dict[str, Any] = {"optimizer": "lars", "evaluations": 6, "own": True}  # its own: times are shown
+    settings |= {"backbone": grid.BACKBONES.get(task, options.backbone), "precision": options.precision, **changes}
+    sizes = (options.dim, options.batch_size)
+    return Cell(task, method, *sizes, seed, rate, options.steps, hidden_dim=options.dim, **settings)
 
 
 def best(rows: Iterable[Row]) -> float:
@@ -73,7 +68,7 @@ def grow(
     def measure() -> dict[Which, float]:
         cells = {which: [cell(which, rate) for rate in rates] for which, rates in tried.items()}
         grid.run(list(itertools.chain(*cells.values())), path, means)
-        return {which: best(grid.rows_of(of_which, path)) for which, of_which in cells.items()}
+        return {which: best(grid.rows_of(path, of_which)) for which, of_which in cells.items()}
 
     found = measure()
     for _ in range(rounds - 1):
@@ -88,14 +83,12 @@ def grow(
 
 def stored(task: str, optimizer: str, fallback: str = "digits") -> dict[str, float]:
     """The best stored rate by method; of ``fallback`` where the task has no grid."""
-    rows = [row for row in environment.read(environment.RESULTS / "rates.csv") if row["optimizer"] == optimizer]
-    by_method: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        if row["task"] == task:
-            by_method[row["method"]].append(row)
-    if not by_method and task != fallback:
-        return stored(fallback, optimizer)
-    return {method: best(of_method) for method, of_method in by_method.items()}
+    grids = _grids(environment.read(environment.RESULTS / "rates.csv"))
+
+    def of(name: str) -> dict[str, float]:
+        return {which[2]: best(found) for which, found in grids.items() if which[:2] == (name, optimizer)}
+
+    return of(task) or of(fallback)
 
 
 def table(rows: list[Row], *tasks: str) -> str:
@@ -130,9 +123,8 @@ def draw(rows: list[Row], path: Path) -> Path:
         by_rate: dict[float, list[float]] = defaultdict(list)
         for row in found:
             by_rate[float(row["learning_rate"])].append(report.score(row))
-        seeds = min(map(len, by_rate.values()))
         rates = sorted(by_rate)
-        values = [[by_rate[rate][seed] for rate in rates] for seed in range(seeds)]
+        values = list(map(list, zip(*(by_rate[rate] for rate in rates), strict=False)))  # the seeds that all have
         panels[f"{task}, {optimizer}"][losses.title(method)] = plots.Line(rates, values, plots.style(method))
     return plots.lines(panels, path, xlabel="learning rate", ylabel="mean of kNN and linear accuracy", xscale="log")
 
@@ -147,18 +139,14 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     path, means = options.out / "rates.csv", grid.Means.of(options)
     for seed in range(0 if options.report else options.seeds):
-        tried = {
-            which: list(options.rates or START[which[1]])
-            for which in itertools.product(options.tasks, options.optimizers, options.methods)
-        }
+        grids = itertools.product(options.tasks, options.optimizers, options.methods)
+        tried: dict[Which, list[float]] = {which: list(options.rates or START[which[1]]) for which in grids}
 
         def make(which: Which, rate: float, seed: int = seed) -> Cell:
             task, optimizer, method = which
             return cell(task, method, seed, rate, options, optimizer=optimizer, evaluations=1, own=False)
 
         grow(tried, make, path, means, 1 if options.rates else ROUNDS)
-    rows = [row for row in environment.read(path) if row["task"] in options.tasks]
-    if not rows:
-        raise SystemExit(f"{path} has no finished runs to report")
+    rows = grid.rows_of(path, task=options.tasks)
     print(table(rows))
     print(f"picture: {draw(rows, options.out / 'rates.png')}")

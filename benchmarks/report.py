@@ -35,14 +35,8 @@ OURS = "mmi"
 METRICS = {"linear": "linear probe", "knn": "kNN"}
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- rows: python -m benchmarks report ([^>]+?) -->)(.*?)(<!-- end rows -->)", re.DOTALL)
-TABLES = {
-    "demo": "demo.csv",
-    "rates": "rates.csv",
-    "compare": "compare.csv",
-    "ablate": "ablate.csv",
-    "speed": "speed-cpu.csv",
-    "solo_learn": "solo_learn.csv",
-}
+TABLES = {name: f"{name}.csv" for name in ("demo", "rates", "compare", "ablate", "solo_learn", "selection", "doctor")}
+TABLES["speed"] = "speed-cpu.csv"
 """Commands with a function ``table(rows, *arguments)``, and their stored rows."""
 
 
@@ -143,28 +137,15 @@ class Results:
         return (best, found) if best and found else None
 
 
-STATISTICS = {
-    "mean": statistics.fmean,
-    "median": statistics.median,
-    "sd": statistics.stdev,
-    "min": min,
-    "max": max,
-    "count": len,
-}
-
-
 def value(file: str, column: str, *conditions: str) -> str:
-    """One number: ``column`` of the rows of ``file`` that meet all of NAME=VALUE.
-
-    ``stat=`` names a statistic over the rows (mean), ``format=`` a format (``.3f``).
-    """
+    """One number: the mean of ``column`` over the rows of ``file`` that meet all NAME=VALUE, as ``format=.3f``."""
     named = dict(condition.split("=", 1) for condition in conditions)
-    statistic, form = STATISTICS[named.pop("stat", "mean")], named.pop("format", ".3f")
+    form = named.pop("format", ".3f")
     rows = environment.read(environment.RESULTS / file)
     found = [float(row[column]) for row in rows if all(row[name] == wanted for name, wanted in named.items())]
     if not found:
         raise SystemExit(f"{file} has no rows with {named}")
-    return format(statistic(found), form)
+    return format(statistics.fmean(found), form)
 
 
 def render(command: str) -> str:
@@ -178,9 +159,7 @@ def render(command: str) -> str:
     path = Path(folder, TABLES[name])
     rows = environment.read(environment.RESULTS / path)
     if not rows:
-        raise SystemExit(
-            f"{path} has no rows: python -m benchmarks {name} --out benchmarks/results/{folder} makes them"
-        )
+        raise SystemExit(f"{path} has no rows: python -m benchmarks {name} --out benchmarks/results/{folder} adds them")
     shown = importlib.import_module(f"benchmarks.{name}").table(rows, *arguments)
     return f"{shown}\n\n*{path.as_posix()}: {environment.provenance(rows)}*"
 

@@ -106,6 +106,7 @@ def main(arguments: list[str]) -> None:
     path = options.out / "solo_learn.csv"
     head = environment.output(["git", "-C", str(options.checkout), "rev-parse", "--short", "HEAD"])
     settings = {"epochs": options.epochs, "batch_size": BATCH_SIZE, "size": SIZE, "projector_dim": DIM}
+    settings["solo_learn"] = head
     finished = {(row["method"], row["seed"], float(row["learning_rate"])) for row in environment.read(path)}
     with tempfile.TemporaryDirectory() as folder:
         export_digits(Path(folder, "digits"), SIZE)
@@ -115,11 +116,7 @@ def main(arguments: list[str]) -> None:
             out = Path(folder, f"{method}-{seed}-{rate}")
             row = {"method": method, "seed": seed, "learning_rate": rate}
             row |= pretrain(Path(folder, "digits"), out, method, seed, rate, options)
-            row |= {
-                **settings,
-                "solo_learn": head,
-                **environment.columns("cuda" if torch.cuda.is_available() else "cpu"),
-            }
+            row |= settings | environment.columns("cuda" if torch.cuda.is_available() else "cpu")
             row["threads"] = os.environ.get("OMP_NUM_THREADS", row["threads"])
             environment.append(path, row)
     print(table(environment.read(path)))

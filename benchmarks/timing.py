@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import statistics
 import time
@@ -120,11 +121,7 @@ def peak_extra_bytes(step: Step, leaves: Sequence[Tensor]) -> int:
         if changes[index] in gradients:
             gradients.remove(changes[index])
             del changes[index]
-    live = peak = 0
-    for change in changes:
-        live += change
-        peak = max(peak, live)
-    return peak
+    return max(0, *itertools.accumulate(changes))
 
 
 def digits(value: float) -> str:

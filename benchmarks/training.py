@@ -164,21 +164,17 @@ class Pretraining(pl.LightningModule):
             return nn.functional.cross_entropy(self.head(self.backbone(views[0])), labels)
         z = self.head(self.backbone(torch.cat(list(views))))
         z_a, z_b = z.chunk(2)
-        marks = [self.clock.mark()]
+        mark = timing.Clock(self.device).mark
+        marks = [mark()]
         loss = self.criterion(z_a, z_b)
-        marks.append(self.clock.mark())
+        marks.append(mark())
         self.marks.append(marks)
-        z.register_hook(lambda grad: marks.append(self.clock.mark()))
+        z.register_hook(lambda grad: marks.append(mark()))
         return loss
 
     def on_before_backward(self, loss: Tensor) -> None:
         if self.marks:
-            self.marks[-1].append(self.clock.mark())
-
-    @property
-    def clock(self) -> timing.Clock:
-        """Of the device."""
-        return timing.Clock(self.device)
+            self.marks[-1].append(timing.Clock(self.device).mark())
 
     def configure_optimizers(self) -> Any:
         cell, rate = self.cell, self.cell.learning_rate
@@ -232,18 +228,11 @@ def pretrain(task: Task, cell: Cell, on_step: Callable[[], None] = lambda: None,
     module = Pretraining(task, cell)
     watch = Watch(task, cell, on_step)
     if cell.method not in FIXED:
-        trainer = pl.Trainer(
-            max_steps=cell.steps,
-            max_epochs=-1,
-            accelerator=accelerator,
-            devices=1,
-            precision=cell.precision,  # type: ignore[arg-type]
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[watch],
+        settings: dict[str, Any] = {"accelerator": accelerator, "devices": 1, "precision": cell.precision}
+        settings |= dict.fromkeys(
+            ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
         )
+        trainer = pl.Trainer(max_steps=cell.steps, max_epochs=-1, callbacks=[watch], **settings)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=NOISE)
             warnings.filterwarnings("ignore", category=UserWarning, module="pytorch_lightning|lightning")

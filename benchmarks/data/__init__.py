@@ -107,15 +107,9 @@ def _glyphs(cache: Path, folder: Path | None, quick: bool) -> Task:
 
 
 TASKS: dict[str, Constructor] = {
-    "digits": _embedded("digits"),
-    "clutter": _embedded("clutter"),
-    "latent": _embedded("latent"),
-    "photographs": _photographs,
-    "glyphs": _glyphs,
-    "noise": _noise,
-    "cifar10": _from_disk("cifar10"),
-    "cifar100": _from_disk("cifar100"),
-    "imagefolder": _from_disk("imagefolder"),
+    **{name: _embedded(name) for name in ("digits", "clutter", "latent")},
+    **{"photographs": _photographs, "glyphs": _glyphs, "noise": _noise},
+    **{name: _from_disk(name) for name in ("cifar10", "cifar100", "imagefolder")},
 }
 
 

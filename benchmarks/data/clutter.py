@@ -17,13 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.data import Task
-from benchmarks.data.digits import split
-from benchmarks.data.views import cached, task
+from benchmarks.data.digits import of_views
 
 SIZE = 32
-NUM_VIEWS = 24
-QUICK_VIEWS = 8
-NUM_EVALUATION_VIEWS = 2
+NUM_VIEWS, QUICK_VIEWS, NUM_EVALUATION_VIEWS = 24, 8, 2
 MAX_ROTATION = math.radians(20)
 
 
@@ -37,9 +34,8 @@ def scenes(digits: Tensor, generator: torch.Generator) -> Tensor:
     angle, share = uniform(-MAX_ROTATION, MAX_ROTATION), uniform(0.7, 1.0)
     position = uniform(-1, 1, 2) * (1.1 - 0.9 * share)[:, None]
     rotation = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()], 1).view(n, 2, 2) / share.view(n, 1, 1)
-    grid = F.affine_grid(
-        torch.cat([rotation, -rotation @ position[..., None]], 2), [n, 1, SIZE, SIZE], align_corners=False
-    )
+    matrix = torch.cat([rotation, -rotation @ position[..., None]], 2)
+    grid = F.affine_grid(matrix, [n, 1, SIZE, SIZE], align_corners=False)
     mask = F.grid_sample(digits[:, None], grid, align_corners=False).clamp(0, 1)
 
     ground = uniform(0.4, 0.6, 1, 1, 1) + uniform(-0.1, 0.1, 3, 1, 1)
@@ -73,9 +69,4 @@ def _draw(images: np.ndarray, num_views: int, seed: int) -> Tensor:
 
 def load(cache: Path, quick: bool = False) -> Task:
     """The digits' split of training and test images, each seen in scenes of its own."""
-    num_views = QUICK_VIEWS if quick else NUM_VIEWS
-    train_images, test_images, *labels = split()
-    train_views = cached(cache / f"clutter-train-{num_views}.pt", lambda: _draw(train_images, num_views, 0))
-    test_views = cached(cache / "clutter-test.pt", lambda: _draw(test_images, NUM_EVALUATION_VIEWS, 1))
-    train_labels, test_labels = map(torch.from_numpy, labels)
-    return task("clutter", train_views, train_labels, test_views, test_labels, NUM_EVALUATION_VIEWS)
+    return of_views("clutter", _draw, QUICK_VIEWS if quick else NUM_VIEWS, NUM_EVALUATION_VIEWS, cache)

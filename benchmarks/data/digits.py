@@ -7,6 +7,8 @@ network are not.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision import transforms as T
 from torchvision.transforms import v2
 
@@ -25,9 +27,7 @@ from benchmarks.data import Task
 from benchmarks.data.views import cached, task
 
 SIZE = 16
-NUM_VIEWS = 32
-QUICK_VIEWS = 8
-NUM_EVALUATION_VIEWS = 4
+NUM_VIEWS, QUICK_VIEWS, NUM_EVALUATION_VIEWS = 32, 8, 4
 
 VIEW = T.Compose(
     [
@@ -42,25 +42,19 @@ VIEW = T.Compose(
 )
 
 
-class _Views(Dataset[Tensor]):
-    """All views of one image, (num_views, 1, SIZE, SIZE), by lightly's multi-view transform."""
-
-    def __init__(self, images: np.ndarray, num_views: int) -> None:
-        self.images = images
-        self.transform = MultiViewTransform([VIEW] * num_views)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        image = Image.fromarray(self.images[index]).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+def _draw_batch(images: np.ndarray, transform: MultiViewTransform, indices: list[int]) -> Tensor:
+    """All views of some images, (len(indices), num_views, 1, SIZE, SIZE)."""
+    drawn = []
+    for index in indices:
         torch.manual_seed(index)
-        return torch.stack(self.transform(image)).half()
+        image = Image.fromarray(images[index]).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+        drawn.append(torch.stack(transform(image)).half())
+    return torch.stack(drawn)
 
 
-def _draw_views(images: np.ndarray, num_views: int, cache: Path) -> Tensor:
-    """(len(images), num_views, 1, SIZE, SIZE), from the cache if they were drawn before."""
-    return cached(cache, lambda: torch.cat(list(DataLoader(_Views(images, num_views), batch_size=64, num_workers=2))))
+def _draw(images: np.ndarray, num_views: int, seed: int) -> Tensor:
+    draw = functools.partial(_draw_batch, images, MultiViewTransform([VIEW] * num_views))
+    return torch.cat(list(DataLoader(range(len(images)), 64, num_workers=2, collate_fn=draw)))  # type: ignore[arg-type]
 
 
 def split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -71,11 +65,15 @@ def split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return parts[0], parts[1], parts[2], parts[3]
 
 
-def load(cache: Path, quick: bool = False) -> Task:
-    """Two thirds of the digits for training, one third for testing."""
-    num_views = QUICK_VIEWS if quick else NUM_VIEWS
+def of_views(name: str, draw: Callable[[np.ndarray, int, int], Tensor], num: int, per_image: int, cache: Path) -> Task:
+    """Two thirds of the digits for training, in ``num`` views ``draw(images, num, seed)``; one third for testing."""
     train_images, test_images, *labels = split()
-    train_views = _draw_views(train_images, num_views, cache / f"digits-train-{num_views}.pt")
-    test_views = _draw_views(test_images, NUM_EVALUATION_VIEWS, cache / "digits-test.pt")
+    train_views = cached(cache / f"{name}-train-{num}.pt", lambda: draw(train_images, num, 0))
+    test_views = cached(cache / f"{name}-test.pt", lambda: draw(test_images, per_image, 1))
     train_labels, test_labels = map(torch.from_numpy, labels)
-    return task("digits", train_views, train_labels, test_views, test_labels, NUM_EVALUATION_VIEWS)
+    return task(name, train_views, train_labels, test_views, test_labels, per_image)
+
+
+def load(cache: Path, quick: bool = False) -> Task:
+    """The digits under nuisances."""
+    return of_views("digits", _draw, QUICK_VIEWS if quick else NUM_VIEWS, NUM_EVALUATION_VIEWS, cache)

@@ -15,9 +15,7 @@ from torchvision import transforms as T
 
 from benchmarks.data import Batch, Task
 
-IMAGENET_SIZE = 224
-CIFAR_SIZE = 32
-NUM_WORKERS = 2
+IMAGENET_SIZE, CIFAR_SIZE, NUM_WORKERS = 224, 32, 2
 
 
 def load(name: str, path: Path) -> Task:
@@ -31,22 +29,12 @@ def load(name: str, path: Path) -> Task:
     def pretrain_batches(batch_size: int, seed: int) -> Iterable[Batch]:
         if batch_size > len(pretrain):
             raise SystemExit(f"--batch-size {batch_size} exceeds the {len(pretrain)} training images of {path}")
-        return DataLoader(
-            pretrain,
-            batch_size,
-            shuffle=True,
-            drop_last=True,
-            num_workers=NUM_WORKERS,
-            persistent_workers=NUM_WORKERS > 0,
-            generator=torch.Generator().manual_seed(seed),
-        )
+        workers: dict[str, Any] = {"num_workers": NUM_WORKERS, "persistent_workers": NUM_WORKERS > 0}
+        generator = torch.Generator().manual_seed(seed)
+        return DataLoader(pretrain, batch_size, shuffle=True, drop_last=True, generator=generator, **workers)
 
     return Task(
-        name=name,
-        num_classes=len(pretrain.classes),
-        channels=3,
-        image_size=size,
-        num_images=len(pretrain),
+        *(name, len(pretrain.classes), 3, size, len(pretrain)),
         pretrain_batches=pretrain_batches,
         train=lambda: DataLoader(splits[0], 256, num_workers=NUM_WORKERS),
         test=lambda: DataLoader(splits[1], 256, num_workers=NUM_WORKERS),

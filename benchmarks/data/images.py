@@ -75,11 +75,7 @@ def _plain_batches(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Ten
 def task(name: str, num_classes: int, train: Labelled, test: Labelled, augment: Augmentation) -> Task:
     """The task of learning from views of ``train`` and classifying ``test``."""
     return Task(
-        name=name,
-        num_classes=num_classes,
-        channels=train[0].shape[1],
-        image_size=train[0].shape[-1],
-        num_images=len(train[0]),
+        *(name, num_classes, train[0].shape[1], train[0].shape[-1], len(train[0])),
         pretrain_batches=lambda batch_size, seed: PairsOfCrops(*train, batch_size, seed, augment),
         train=lambda: _plain_batches(*train),
         test=lambda: _plain_batches(*test),

@@ -41,11 +41,7 @@ def evaluation_batches(views: Tensor, labels: Tensor, per_image: int) -> Iterato
 def task(name: str, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, per_image: int) -> Task:
     """A task of drawn views (images, views, ...), of which the first ``per_image`` are evaluated."""
     return Task(
-        name=name,
-        num_classes=int(train_labels.max()) + 1,
-        channels=train.shape[2],
-        image_size=train.shape[-1] if train.ndim == 5 else 1,
-        num_images=len(train),
+        *(name, int(train_labels.max()) + 1, train.shape[2], train.shape[-1] if train.ndim == 5 else 1, len(train)),
         pretrain_batches=lambda batch_size, seed: PairsOfViews(train, train_labels, batch_size, seed),
         train=lambda: evaluation_batches(train, train_labels, per_image),
         test=lambda: evaluation_batches(test, test_labels, per_image),
@@ -59,8 +55,7 @@ class PairsOfViews(Iterable[Batch]):
     def __init__(self, views: Tensor, labels: Tensor, batch_size: int, seed: int) -> None:
         if batch_size > len(views):
             raise SystemExit(f"--batch-size {batch_size} exceeds the {len(views)} training images")
-        self.views, self.labels, self.batch_size = views, labels, batch_size
-        self.seed = seed
+        self.views, self.labels, self.batch_size, self.seed = views, labels, batch_size, seed
         self.generator: torch.Generator | None = None
 
     def __len__(self) -> int:

@@ -19,7 +19,7 @@ def test_documents_show_the_stored_rows(path):
 
 def test_every_row_names_its_core():
     for path in environment.RESULTS.rglob("*.csv"):
-        if path.name == "gauntlet.csv":
+        if path.name == "doctor.csv":  # of other libraries' losses: it has their versions
             continue
         rows = environment.read(path)
         assert rows, path

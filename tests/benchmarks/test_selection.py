@@ -1,4 +1,4 @@
-"""The selection study: its correlations against scipy, its runs small; and the doctor's page of other losses."""
+"""The selection study: its correlations against scipy, its runs small; and the doctor's table of other losses."""
 
 import numpy as np
 import pytest
@@ -26,37 +26,45 @@ def rows(count=24, seed=0):
 
 def test_correlations_are_scipys():
     data = rows()
-    found = {(f["measure"], f["accuracy"]): f for f in selection.correlations(data, ("task",), draws=50)}
-    groups = [[row for row in data[:-1] if row["task"] == task] for task in ("one", "two")]
-    for measure in ("features_lidar", "minus_loss", "projections_lidar"):
-        for accuracy in selection.ACCURACIES:
-            each = [
+    found = {one.measure: one for one in selection.correlations(data, "across methods", draws=50)}
+    groups = {task: [row for row in data[:-1] if row["task"] == task] for task in ("one", "two")}
+    for measure in ("features_lidar", "features_effective_rank", "projections_lidar"):
+        each = {
+            name: [
                 spearmanr([float(r[measure]) for r in group], [float(r[accuracy]) for r in group])[0]
-                for group in groups
+                for accuracy in selection.ACCURACIES
             ]
-            one = found[measure, accuracy]
-            assert one["correlation"] == pytest.approx(np.mean(each))
-            assert one["worst"] == pytest.approx(min(each))
-            assert one["low"] <= one["correlation"] <= one["high"]
-            assert (one["runs"], one["groups"]) == (24, 2)
+            for name, group in groups.items()
+        }
+        one = found[measure.replace("_", " ")]
+        np.testing.assert_allclose(one.mean, np.mean(list(each.values()), 0))
+        assert (one.low <= one.mean).all()
+        assert (one.mean <= one.high).all()
+        assert (one.worst, one.worst_group) == (
+            pytest.approx(min(map(min, each.values()))),
+            min(each, key=lambda g: min(each[g])),
+        )
+    assert selection.correlations(data[:3], "across methods") == []
 
 
 def test_what_misleads_is_named():
-    verdicts = {(one["question"], one["measure"]): one["verdict"] for one in selection.summarise(rows(48))}
+    data = rows(48)
     for question in selection.QUESTIONS:
-        assert verdicts[question, "features_lidar"] == "trust"
-        assert verdicts[question, "projections_alpha_req"] == "trust"  # the nearer to 1 the better
-        assert verdicts[question, "features_rank_me"] == "misleads"
-        assert verdicts[question, "projections_lidar"] == ""
-    assert ("across methods", "minus_loss") not in verdicts
+        verdicts = {one.measure: one.verdict for one in selection.correlations(data, question)}
+        assert verdicts["features lidar"] == "trust"
+        assert verdicts["projections alpha req"] == "trust"  # the nearer to 1 the better
+        assert verdicts["features rank me"] == "misleads"
+        assert verdicts["projections lidar"] == ""
+        assert ("minus loss" in verdicts) == (question == "within a method")
 
 
 def test_runs_resume_and_are_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(selection, "IMAGES", 128)
     monkeypatch.setattr(selection, "SIZES", ((16, 64),))
     monkeypatch.setattr(selection, "RATES", (5e-4, 2e-3, 8e-3))
-    path = tmp_path / "selection.csv"
-    arguments = ["--rows", str(path), "--tasks", "latent", "--methods", "mmi", "simclr", "--cache", str(tmp_path)]
+    path = tmp_path / "runs" / "selection" / "selection.csv"
+    arguments = ["--tasks", "latent", "--methods", "mmi", "simclr"]
     selection.main(arguments)
     finished = environment.read(path)
     assert len(finished) == 6
@@ -66,20 +74,23 @@ def test_runs_resume_and_are_reported(tmp_path, monkeypatch, capsys):
     path.write_text("".join(lines[:-1]))
     selection.main(arguments)
     assert [row["rate"] for row in environment.read(path)] == [row["rate"] for row in finished]
-    assert "across methods: 6 runs" in capsys.readouterr().out
-    assert (tmp_path / "selection.png").stat().st_size > 1000
-    assert (tmp_path / "selection-summary.csv").exists()
+    shown = capsys.readouterr().out
+    assert "| across methods" in shown
+    assert "6 rows, core" in shown
+    assert path.with_suffix(".png").stat().st_size > 1000
+    with pytest.raises(SystemExit, match="no finished runs"):
+        selection.main([*arguments, "--report", "--tasks", "digits"])
 
 
-def test_doctors_page(tmp_path, monkeypatch):
+def test_doctors_table(tmp_path, monkeypatch):
     """Losses of two views are examined once; others are listed."""
     found = [("mmi-loss", "1", "MMILoss", MMILoss), ("tests", "1", "Linear", doctor.nn.Linear)]
     monkeypatch.setattr(doctor, "losses", lambda checkout: iter(found))
     monkeypatch.setattr(doctor, "LEFT_OUT", [name for name in doctor.CHECKS if name not in ("order", "batch size")])
-    arguments = ["--rows", str(tmp_path / "rows.csv"), "--page", str(tmp_path / "page.md")]
     for _ in range(2):
-        doctor.main(arguments)
-    assert [row["check"] for row in environment.read(tmp_path / "rows.csv")] == ["batch size", ""]
-    page = (tmp_path / "page.md").read_text()
-    assert "| mmi-loss | MMILoss | two |  |  | 1 |" in page
-    assert "Not of two views alone: tests: Linear." in page
+        doctor.main(["--out", str(tmp_path)])
+    found = environment.read(tmp_path / "doctor.csv")
+    assert [row["check"] for row in found] == ["batch size", ""]
+    page = doctor.table([*found, {**found[0], "severity": "wrong", "check": "order", "text": "a | b < c"}])
+    assert r"| mmi-loss 1 | MMILoss | two | order: a \| b &lt; c |  | 1 |" in page
+    assert "Not of two views alone: tests 1: Linear." in page
