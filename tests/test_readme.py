@@ -1,62 +1,51 @@
-"""What the README shows: its code runs, its commands exist, its figures are those of the stored results."""
+"""What README and docs show: their code runs, their commands exist, their links and pictures lead somewhere."""
 
-import csv
 import re
-import statistics
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {path: re.sub(r"<!--(?! rows| end).*?-->", "", path.read_text(), flags=re.DOTALL) for path in DOCUMENTS}
+OTHERS = {"main_pretrain.py", "main_knn.py"}  # of solo-learn
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    found = {path: re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL) for path, text in TEXTS.items()}
+    return [pytest.param(code, id=f"{path.stem}-{i}") for path, codes in found.items() for i, code in enumerate(codes)]
 
 
-@pytest.mark.filterwarnings("ignore:objective=")
 @pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.filterwarnings("ignore:objective=")
 def test_code_runs(code):
-    if "pytorch_lightning" in code:
-        pytest.importorskip("pytorch_lightning", reason="pytorch_lightning is not installed")
     torch.manual_seed(0)
     layer = torch.nn.Linear(16, 64)
     names = {"model": layer, "x0": torch.randn(32, 16), "x1": torch.randn(32, 16)}
-    names |= {"z_a": torch.randn(32, 64), "z_b": torch.randn(32, 64), "z_c": torch.randn(32, 64), "torch": torch}
     exec(code, names)
     if "loss.backward()" in code:
         assert layer.weight.grad.isfinite().all()
 
 
 def test_commands_exist():
-    commands = "\n".join(blocks("bash"))
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    used = set(re.findall(r"^make (\w+)", commands, re.MULTILINE))
-    assert used
-    assert used <= targets
-    for module in re.findall(r"python -m benchmarks (\w+)", commands):
-        assert (ROOT / "benchmarks" / f"{module}.py").exists()
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for path, text in TEXTS.items():
+        code = "\n".join(re.findall(r"```bash\n.*?```|`[^`]+`", text, re.DOTALL))
+        assert set(re.findall(r"\bmake\s+([\w-]+)", code)) <= targets, path
+        for module in re.findall(r"python -m benchmarks\s+([a-z_]+)", code):
+            assert (ROOT / "benchmarks" / f"{module}.py").exists(), (path, module)
+        for script in re.findall(r"python ([\w/]+\.py)", code):
+            assert script in OTHERS or (ROOT / script).exists(), (path, script)
 
 
 def test_pictures_and_links_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+    for path, text in TEXTS.items():
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (path.parent / target).exists(), (path, target)
 
 
-def test_demo_table_is_the_stored_result():
-    with (ROOT / "benchmarks" / "results" / "demo.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    shown = re.findall(
-        r"^\| (.+?) +\| \**(0\.\d{3}) ± (0\.\d{3})\** +\| \**(0\.\d{3}) ± (0\.\d{3})\**", README, re.MULTILINE
-    )
-    methods = ["untrained", "mmi_joint_all", "barlow_twins", "vicreg", "mmi", "supervised"]
-    assert len(shown) == len(methods)
-    for method, (_, knn, knn_spread, linear, linear_spread) in zip(methods, shown, strict=True):
-        for column, mean, spread in (("knn", knn, knn_spread), ("linear", linear, linear_spread)):
-            values = [float(row[column]) for row in rows if row["method"] == method]
-            assert len(values) >= 3
-            assert float(mean) == pytest.approx(statistics.fmean(values), abs=6e-4)
-            assert float(spread) == pytest.approx(statistics.stdev(values), abs=6e-4)
+def test_readme_is_read_in_minutes():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 900
+    assert "not measured on a gpu" in "\n".join(text.splitlines()[:20]).lower()
