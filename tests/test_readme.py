@@ -12,20 +12,32 @@ TEXTS = {path: re.sub(r"<!--(?! rows| end).*?-->", "", path.read_text(), flags=r
 OTHERS = {"main_pretrain.py", "main_knn.py"}  # of solo-learn
 
 
-def blocks(language):
-    found = {path: re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL) for path, text in TEXTS.items()}
-    return [pytest.param(code, id=f"{path.stem}-{i}") for path, codes in found.items() for i, code in enumerate(codes)]
+BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+def blocks():
+    """Code, and what the document says that it prints."""
+    found = {path: BLOCK.findall(text) for path, text in TEXTS.items()}
+    return [pytest.param(*block, id=f"{path.stem}-{i}") for path, of in found.items() for i, block in enumerate(of)]
+
+
+@pytest.mark.parametrize(("code", "shown"), blocks())
 @pytest.mark.filterwarnings("ignore:objective=")
-def test_code_runs(code):
+def test_code_runs(code, shown, capsys):
+    if "from lightly" in code:
+        pytest.importorskip("lightly")
     torch.manual_seed(0)
     layer = torch.nn.Linear(16, 64)
     names = {"model": layer, "x0": torch.randn(32, 16), "x1": torch.randn(32, 16)}
     exec(code, names)
     if "loss.backward()" in code:
         assert layer.weight.grad.isfinite().all()
+    if shown:
+        printed = capsys.readouterr().out
+        assert NUMBER.sub("", printed).split() == NUMBER.sub("", shown).split()
+        numbers = [[float(x) for x in NUMBER.findall(text)] for text in (printed, shown)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=0.02, abs=2e-3)
 
 
 def test_commands_exist():

@@ -25,7 +25,9 @@ def ellipse(covariance: np.ndarray, centre: np.ndarray, **style: object) -> Elli
 def views() -> None:
     """Embeddings of a few images' views before and after training, with the covariances C and W."""
     rng = np.random.default_rng(3)
-    directions, noises = rng.standard_normal((IMAGES, 1, 2)), rng.standard_normal((IMAGES, VIEWS, 2))
+    angles, radii = np.arange(IMAGES) * 2.4, np.sqrt(4 * (np.arange(IMAGES) + 0.5) / IMAGES)  # a sunflower's seeds
+    directions = radii[:, None, None] * np.stack([np.cos(angles), np.sin(angles)], -1)[:, None]
+    noises = rng.standard_normal((IMAGES, VIEWS, 2))
     figure, axes = plt.subplots(1, 2, figsize=(7, 3.4))
     for axis, title, spread, noise in ((axes[0], "before training", 0.35, 0.8), (axes[1], "after", 1.0, 0.17)):
         z = spread * directions + noise * noises
@@ -40,7 +42,7 @@ def views() -> None:
     names = ["C: all views", "W: views of one image"]
     figure.legend(handles, names, loc="lower center", ncols=2, frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.savefig(OUT / "views.png", dpi=110)
+    figure.savefig(OUT / "views.png", dpi=100)
 
 
 if __name__ == "__main__":
