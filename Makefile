@@ -55,6 +55,7 @@ try-dist: dist
 	rm -rf build/user && $(PYTHON) -m venv build/user
 	build/user/bin/pip install --quiet dist/*.whl
 	cd build && user/bin/python -I ../docs/site/try_readme.py
+	rm -rf build/user
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
