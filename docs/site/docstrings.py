@@ -51,7 +51,8 @@ class Markdown(griffe.Extension):
 
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
         """Runs for every function and method."""
-        if any("OptionTypes" in str(parameter.annotation) for parameter in func.parameters):
+        has_defaults = func.name != "paper"  # which has defaults of its own
+        if has_defaults and any("OptionTypes" in str(parameter.annotation) for parameter in func.parameters):
             given = [parameter for parameter in func.parameters if parameter.name != "options"]
             func.parameters = griffe.Parameters(*given, *option_parameters())
 
