@@ -6,17 +6,17 @@ import importlib
 import sys
 
 COMMANDS = {
-    "demo": "MMI beside Barlow Twins and VICReg on real images, in minutes",
-    "compare": "methods x widths x batch sizes x seeds on three embedded tasks, in hours",
-    "ablate": "what every choice in the loss is worth, one exchanged at a time, in an hour",
-    "speed": "time and memory against every rival, to the floor",
+    "demo": "MMI beside its rivals on real images, in minutes",
+    "compare": "methods x widths x batch sizes x seeds on several tasks, in hours",
+    "rates": "accuracy against the learning rate: which one a loss wants, how far off it may be",
+    "ablate": "options of the loss in place of the default's",
+    "speed": "time and memory on the CPU against every rival, to the floor",
     "speed_cuda": "the kernels on a GPU: checked against float64, then timed beside every rival; --dry-run without one",
-    "step": "the loss's share of a training step: backbone, projector, loss, optimiser",
-    "gauntlet": "half precision, dead features, NaN, resumes: ours and its rivals against their own definitions",
-    "distributed": "gradient errors under DDP and bytes sent, in real processes",
+    "selection": "which label-free measure picks the better run: rank correlations with kNN and linear accuracy",
+    "doctor": "mmi-loss doctor on every loss of lightly, stable-pretraining, solo-learn, pytorch-metric-learning",
     "figures": "the paper's figures, and how much information chance alone shows",
-    "schedule": "CIFAR and ImageNet by lightly's published schedules, from data to linear probe",
     "solo_learn": "Barlow Twins, VICReg and MMI in an unmodified clone of solo-learn",
+    "report": "a table of the stored results, and --write into the documents",
 }
 
 

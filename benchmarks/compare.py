@@ -1,204 +1,153 @@
-"""Methods x projector widths x batch sizes x seeds on small tasks, embedded ones or real images, under one budget.
+"""Methods x projector widths x batch sizes x seeds on several tasks, under one budget.
 
 Every method gets the same backbone, projector, views, steps and optimiser (AdamW), its loss with its library's
 published settings, and the best learning rate of a grid of its own (one cell per task, a seed that is not compared).
-Baselines far behind the best of a cell in the first seed are not repeated there. Finished runs are kept: the same
-command goes on where it stopped. Ends with tables, a map of the differences to the best baseline, and a self-contained
-HTML report; ``--report`` draws them from finished runs alone.
+Finished runs are kept: the same command goes on where it stopped. Ends with tables, a map of the differences to the
+best rival, and accuracy over the steps. A smaller comparison of everything is ``--dims 512 --batch-sizes 256``.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import sys
+import statistics
+from collections import defaultdict
 from pathlib import Path
 
-from rich.console import Console
-
-from benchmarks import data, environment, grid, report
-from benchmarks.grid import Cell
+from benchmarks import environment, grid, plots, rates, report
+from benchmarks.environment import Row
+from benchmarks.losses import FIXED, PIXELS, SUPERVISED, UNTRAINED, is_rival, title
+from benchmarks.report import METRICS, Results
+from benchmarks.training import Cell
 
 TASKS = ("digits", "clutter", "latent")
-REAL_TASKS = ("photographs", "glyphs")
+METHODS = (UNTRAINED, "mmi", "vicreg", "barlow_twins", "simclr", "lejepa", "visreg")
 DIMS = (64, 128, 512, 2048, 8192)
 BATCH_SIZES = (32, 64, 128, 256, 512, 1024)
-CORE = ("mmi", "vicreg_fast", "barlow_twins_fast", "simclr", "lejepa")
-SECONDARY = ("mmi_exchangeable", "mmi_joint", "mmi_joint_all", "mmi_paper", "frossl", "wmse")
-METHODS = (grid.UNTRAINED, *CORE, *SECONDARY)
-REFERENCES = (grid.UNTRAINED, grid.PIXELS, grid.SUPERVISED)
-"""What does not depend on the loss, once per task."""
-
-RIVALS = ("visreg", "visreg_09", "simclr_02", "simclr_01", "mmcr")
-"""Methods on demand, in every cell."""
-SECONDARY_CELLS = ((512, 256), (2048, 64))
-WMSE_CELLS = ((128, 256), (128, 512))
-STEPS = {"digits": 150, "clutter": 150, "latent": 200, "photographs": 300, "glyphs": 300}
-"""Optimiser steps at N = 256; others take 16 / sqrt(N) times as many, between equal steps and equal epochs."""
-
-BEHIND = 0.05
-"""A baseline whose first seed is this much below the best of its cell is not the best in the mean: seeds differ by .01
-to .02. It runs once there.
-"""
+STEPS = {"latent": 200, "photographs": 300, "glyphs": 300}
+"""Optimiser steps at N = 256, where they are not 150; others take 16 / sqrt(N) times as many."""
 RATES = (4e-3, 1.6e-2)
-RATE_FACTOR = 4.0
-MAX_RATE_ROUNDS = 3
 TUNING_SEED = 100
-TUNING_CELL = (512, 256)
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command's options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks compare", description=__doc__)
-    parser.add_argument("--tasks", nargs="+", choices=(*TASKS, *REAL_TASKS), default=list(TASKS), metavar="TASK")
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        choices=list(dict.fromkeys((*METHODS, *REFERENCES, *RIVALS))),
-        default=list(METHODS),
-        metavar="METHOD",
-    )
-    parser.add_argument("--dims", nargs="+", type=int, default=list(DIMS), help="widths D of the projector")
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=list(BATCH_SIZES))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="optimiser steps at N = 256, in place of each task's own")
-    parser.add_argument(
-        "--rates", nargs="+", type=float, metavar="RATE", help="try these in place of the grids, report each one's best"
-    )
-    parser.add_argument("--workers", type=int, default=2, help="single-threaded processes")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder for results, report and cache")
-    parser.add_argument("--report", action="store_true", help="only draw the report of finished runs")
-    parser.add_argument("--photographs", metavar="DIR", help="folder of Fashion-MNIST (docs/data.md)")
-    parser.add_argument("--num-photographs", type=int, help="of 60,000, to train on (default 12000)")
-    parser.add_argument("--fonts", nargs="+", metavar="DIR", help="folders of fonts for glyphs, not matplotlib's")
-    options = parser.parse_args(arguments)
-    data.configure(options.photographs, options.num_photographs, options.fonts)
-    return options
+TUNING_SIZE = (512, 256)
 
 
 def main(arguments: list[str]) -> None:
-    """Tune, run what is missing, then show the tables and write the report."""
-    options, console = parse(arguments), Console()
-    results, rates = options.out / "compare.csv", options.out / "compare-rates.csv"
-    chosen = {} if options.rates else report.best_rates(environment.read(rates))
+    """Tune, run what is missing, then show the tables and draw the pictures."""
+    parser = grid.parser("compare", __doc__, TASKS, METHODS)
+    parser.add_argument("--dims", nargs="+", type=int, default=list(DIMS), help="widths D of the projector")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=list(BATCH_SIZES))
+    parser.add_argument("--steps", type=int, help="optimiser steps at N = 256, in place of each task's own")
+    parser.add_argument("--rates", nargs="+", type=float, help="try these instead of the grids, report each one's best")
+    options = parser.parse_args(arguments)
+    path, means = options.out / "compare.csv", grid.Means.of(options)
+    rows = environment.read(path)
     if not options.report:
-        try:
-            chosen = {} if options.rates else tune(options, rates, console)
-            for seeds in range(1, options.seeds + 1):
-                todo = contenders(cells(options, chosen, seeds), environment.read(results))
-                grid.run(todo, results, options.out / "cache", options.workers, console)
-        except KeyboardInterrupt:
-            console.print("\ninterrupted; the same command goes on from the last finished run")
-            sys.exit(130)
-    # Rows of a rate that a larger grid has overtaken are kept in the file, not compared.
-    wanted = {cell.key for cell in cells(options, chosen, options.seeds)}
-    rows = [row for row in environment.read(results) if row["cell"] in wanted]
+        chosen = {} if options.rates else tune(options, options.out / "rates.csv", means)
+        wanted = cells(options, chosen)
+        grid.run(wanted, path, means)
+        rows = grid.rows_of(wanted, path)  # without those of a rate that a larger grid has overtaken
+    rows = [row for row in at_best_rates(rows) if row["task"] in options.tasks and row["method"] in options.methods]
     if not rows:
-        raise SystemExit(f"{results} has no finished runs to report")
-    rows = report.at_best_rates(rows)
-    for table in report.tables(rows):
-        console.print(table)
-    console.print(
-        f"map: {report.draw_map(rows, results.with_name('compare-map.png')) or 'no baseline to compare with'}"
-    )
-    console.print(f"accuracy over steps: {report.draw_steps(rows, results.with_name('compare-steps.png'))}")
-    console.print(f"report: {report.write(rows, environment.read(rates), results.with_suffix('.html'))}")
+        raise SystemExit(f"{path} has no finished runs to report")
+    print(table(rows), environment.provenance(rows), sep="\n\n")
+    for dim, batch_size in sorted({cell[1:] for cell in Results(rows).cells}):
+        print(f"\n{table(rows, str(dim), str(batch_size))}")
+    # At the width in the middle: all of them would be a wall.
+    dims = sorted({row["projector_dim"] for row in rows}, key=int)
+    middle = [row for row in rows if row["projector_dim"] == dims[len(dims) // 2]]
+    pictures = draw_map(rows, path.with_name("compare-map.png")), grid.draw(middle, path.with_name("compare-steps.png"))
+    print(*(f"picture: {picture}" for picture in pictures if picture), sep="\n")
 
 
 def steps(task: str, batch_size: int, at_256: int | None = None) -> int:
     """The budget of a run in optimiser steps."""
-    return max(1, round((at_256 or STEPS[task]) * (256 / batch_size) ** 0.5))
+    return max(1, round((at_256 or STEPS.get(task, 150)) * (256 / batch_size) ** 0.5))
 
 
-def cells(options: argparse.Namespace, rates: dict[tuple[str, str], float], seeds: int) -> list[Cell]:
-    """The comparison in the order of what matters: the core across the middle sizes, then in the corners, then the
-    other methods on some cells; seeds outermost.
-    """
+def cell(
+    task: str, method: str, size: tuple[int, int], seed: int, rate: float, at_256: int | None, points: int
+) -> Cell:
+    """A run of the comparison."""
+    budget, backbone = steps(task, size[1], at_256), PIXELS if method == PIXELS else grid.BACKBONES.get(task, "tiny")
+    return Cell(task, method, *size, seed, rate, budget, evaluations=points, backbone=backbone)
+
+
+def cells(options: argparse.Namespace, chosen: dict[rates.Which, float]) -> list[Cell]:
+    """The comparison, seeds outermost, then sizes, those that share a side with the tuned one first."""
     every = [(dim, batch_size) for dim in options.dims for batch_size in options.batch_sizes]
-    across = [size for size in every if size[0] == TUNING_CELL[0] or size[1] == TUNING_CELL[1]]
-    corners = [size for size in every if size not in across]
-    core = [m for m in options.methods if m in (*CORE, *RIVALS)]
-    others = [m for m in options.methods if m in SECONDARY]
-    fixed = [m for m in options.methods if m in grid.FIXED]
-    supervised = [m for m in options.methods if m == grid.SUPERVISED]
-    passes = [
-        (fixed, every[:1]),
-        (supervised, across[:1] or every[:1]),
-        (core, across),
-        (core, corners),
-        (others, every),
+    every.sort(key=lambda size: size[0] != TUNING_SIZE[0] and size[1] != TUNING_SIZE[1])
+    return [
+        cell(task, method, size, seed, rate, options.steps, 3)
+        for seed in range(options.seeds)
+        for size in every
+        for method in options.methods
+        for task in options.tasks
+        for rate in (options.rates if options.rates and method not in FIXED else [chosen.get((task, method), 0.0)])
+        if method not in (*FIXED, SUPERVISED) or size == every[0]  # it is the same at all sizes
     ]
-    chosen = []
-    for seed in range(seeds):
-        for methods, sizes in passes:
-            for dim, batch_size in sizes:
-                for method in methods:
-                    if method in SECONDARY and (dim, batch_size) not in _cells_of_secondary(method):
-                        continue
-                    for task in options.tasks:
-                        budget = steps(task, batch_size, options.steps)
-                        tries = [] if method in grid.FIXED else options.rates
-                        for rate in tries or [rates.get((task, method), 0.0)]:
-                            chosen.append(Cell(task, method, dim, batch_size, seed, rate, budget))
-    return chosen
 
 
-def contenders(chosen: list[Cell], rows: list[report.Row]) -> list[Cell]:
-    """The cells without the further seeds of baselines that are far behind the best one in their first."""
-    first = {(_size(c), c.method, c.learning_rate): c.key for c in chosen if c.seed == 0}
-    scores = {row["cell"]: (float(row["knn"]) + float(row["linear"])) / 2 for row in rows}
-    best: dict[tuple[str, int, int], float] = {}
-    for (size, method, _), key in first.items():
-        score = scores.get(key, math.nan)
-        if method in report.BASELINES and not math.isnan(score):
-            best[size] = max(best.get(size, 0.0), score)
-
-    def is_behind(cell: Cell) -> bool:
-        score = scores.get(first[_size(cell), cell.method, cell.learning_rate], math.inf)
-        return not score >= best.get(_size(cell), 0.0) - BEHIND  # divergence is a NaN
-
-    return [c for c in chosen if c.seed == 0 or c.method not in report.BASELINES or not is_behind(c)]
-
-
-def _size(cell: Cell) -> report.CellName:
-    return cell.task, cell.projector_dim, cell.batch_size
-
-
-def _cells_of_secondary(method: str) -> tuple[tuple[int, int], ...]:
-    # W-MSE whitens with the D x D covariance of a batch: the library demands N >= 2 D.
-    return WMSE_CELLS if method == "wmse" else SECONDARY_CELLS
-
-
-def tune(options: argparse.Namespace, path: Path, console: Console) -> dict[tuple[str, str], float]:
+def tune(options: argparse.Namespace, path: Path, means: grid.Means) -> dict[rates.Which, float]:
     """The best learning rate of every task and method.
 
-    A coarse grid grows until it brackets the best one. The baselines are then tried at half and at twice theirs; our
-    own losses are left at the coarse grid, so that what the search leaves to chance is to the baselines' advantage.
+    A coarse grid grows until it brackets the best one. The rivals are then tried at half and at twice theirs; our own
+    losses are left at the coarse grid, so that what the search leaves to chance is to the rivals' advantage.
     """
-    tried = {
-        (task, method): list(RATES) for method in options.methods for task in options.tasks if method not in grid.FIXED
-    }
 
-    def measure() -> dict[tuple[str, str], float]:
-        todo = [_tuning_cell(options, *which, rate) for which, tries in tried.items() for rate in tries]
-        grid.run(todo, path, options.out / "cache", options.workers, console)
-        return report.best_rates(environment.read(path), todo)
+    def make(which: rates.Which, rate: float) -> Cell:
+        return cell(*which, TUNING_SIZE, TUNING_SEED, rate, options.steps, 1)  # type: ignore[arg-type]
 
-    best = measure()
-    for _ in range(MAX_RATE_ROUNDS - 1):
-        for which, tries in tried.items():
-            if best[which] == min(tries):
-                tries.insert(0, min(tries) / RATE_FACTOR)
-            elif best[which] == max(tries):
-                tries.append(max(tries) * RATE_FACTOR)
-        best = measure()
-    for (task, method), tries in tried.items():
-        if method in report.BASELINES:
-            tries += [best[task, method] / 2, best[task, method] * 2]
-    return measure()
+    methods = [method for method in options.methods if method not in FIXED]
+    tried: dict[rates.Which, list[float]] = {(t, m): list(RATES) for m in methods for t in options.tasks}
+    found = rates.grow(tried, make, path, means)
+    for which, of_which in tried.items():
+        of_which += [found[which] / 2, found[which] * 2] if is_rival(which[1]) else []
+    return rates.grow(tried, make, path, means, rounds=1)
 
 
-def _tuning_cell(options: argparse.Namespace, task: str, method: str, rate: float) -> Cell:
-    dim, batch_size = WMSE_CELLS[0] if method == "wmse" else TUNING_CELL
-    budget = steps(task, batch_size, options.steps)
-    return Cell(task, method, dim, batch_size, TUNING_SEED, rate, budget, evaluations=1)
+def at_best_rates(rows: list[Row]) -> list[Row]:
+    """The rows of each task's and method's best rate in the first seed, where several were tried."""
+    by_method: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        by_method[row["task"], row["method"]].append(row)
+    kept = {}
+    for which, found in by_method.items():
+        first = min(int(row["seed"]) for row in found)
+        kept[which] = rates.best(row for row in found if int(row["seed"]) == first)
+    return [row for row in rows if float(row["learning_rate"]) == kept[row["task"], row["method"]]]
+
+
+def table(rows: list[Row], dim: str = "", batch_size: str = "") -> str:
+    """Accuracy of every method at one size; without a size, ours against the best rival of every cell."""
+    results = Results(at_best_rates(rows))
+    if dim:
+        lines = []
+        for method in results.methods:
+            line = [title(method)]
+            for task in results.tasks:
+                of = [results.of((task, int(dim), int(batch_size)), method, metric) for metric in ("knn", "linear")]
+                line.append(" / ".join(f"{statistics.fmean(values.values()):.3f}" for values in of if values))
+            if any(line[1:]):
+                lines.append(line)
+        heads = [f"{task}: kNN / linear" for task in results.tasks]
+        return report.table([f"D = {dim}, N = {batch_size}", *heads], lines, bold=title("mmi"))
+    lines = []
+    for found in results.cells:
+        best = [results.against_best(found, metric) for metric in METRICS]
+        if any(best):
+            shown = [f"{pair[1]} ({title(pair[0])}, {pair[1].seeds})" if pair else "" for pair in best]
+            lines.append([f"{found[0]}, D = {found[1]}, N = {found[2]}", *shown])
+    return report.table(["MMI less the best rival (seeds)", *METRICS.values()], lines)
+
+
+def draw_map(rows: list[Row], path: Path) -> Path | None:
+    """The picture of ours against the best rival of every cell; none where there is no such pair."""
+    results = Results(rows)
+    maps: dict[tuple[str, str], dict[tuple[int, int], plots.Patch]] = defaultdict(dict)
+    for metric, name in METRICS.items():
+        for found in results.cells:
+            best = results.against_best(found, metric)
+            if best:
+                rival, difference = best
+                patch = plots.Patch(difference.mean, difference.is_clear, difference.seeds, title(rival))
+                maps[name, found[0]][found[1:]] = patch
+    return plots.difference_maps(maps, path) if maps else None

@@ -1,9 +1,12 @@
-"""The columns that say where a number was measured, and the CSV files they go to."""
+"""The columns that say where a number was measured and by which code, and the CSV files they go to."""
 
 from __future__ import annotations
 
+import ast
 import csv
 import datetime
+import functools
+import hashlib
 import os
 import platform
 import subprocess
@@ -14,30 +17,69 @@ import torch
 
 import mmi_loss
 
+Row = dict[str, str]
 RESULTS = Path(__file__).parent / "results"
+RUNS = Path("runs")
+"""Ignored by git: histories, drawn views, checkpoints, and the results of whoever tries a command."""
+NOT_OF_THE_LOSS = {"integrations", "diagnostics", "measures", "doctor", "examination", "isolation", "__main__"}
+BEFORE_DIGESTS = "before-digests"
+"""In place of a digest, in rows that are older than the column."""
+
+
+@functools.cache
+def core_digest() -> str:
+    """Names the code of the loss, without comments and docstrings: rows of another digest measured another loss.
+
+    Integrations, measures of a representation and the doctor are not of the loss.
+    """
+    root, digest = Path(mmi_loss.__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        if not NOT_OF_THE_LOSS & {Path(part).stem for part in path.relative_to(root).parts}:
+            tree = _WithoutText().visit(ast.parse(path.read_text()))
+            digest.update(f"{path.relative_to(root).as_posix()}\n{ast.unparse(tree)}".encode())
+    return digest.hexdigest()[:12]
+
+
+class _WithoutText(ast.NodeTransformer):
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:
+        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return ast.Pass() if is_text else node
+
+
+@functools.cache
+def _commit() -> str:
+    """The commit when the process first asked; later ones are not the code in memory."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    dirty = "+" if output([*git, "status", "--porcelain", "--untracked-files=no"]) else ""
+    return output([*git, "rev-parse", "--short", "HEAD"]) + dirty
 
 
 def columns(device: str = "cpu") -> dict[str, Any]:
-    """Version, commit, torch, device, threads and date of this process."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = output([*git, "rev-parse", "--short", "HEAD"])
-    dirty = "+" if output([*git, "status", "--porcelain", "--untracked-files=no"]) else ""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else _processor()
+    """Digest of the core, version, commit, torch, device, threads and date of this process."""
     return {
+        "core": core_digest(),
         "version": mmi_loss.__version__,
-        "commit": commit + dirty,
+        "commit": _commit(),
         "torch": torch.__version__,
-        "device": name,
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else _processor(),
         "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),
     }
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Append a row, whole and at once, so that an interrupted run leaves only finished rows."""
+    """Append a row, whole and at once, so that an interrupted run leaves only finished rows.
+
+    Raises:
+        ValueError: The file has other columns, as one written by an older form of the command has.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
-    with path.open("a", newline="") as file:
+    with path.open("a+", newline="") as file:
+        file.seek(0)
+        header = next(csv.reader(file), None)
+        if not is_new and header != list(row):
+            raise ValueError(f"{path} has the columns {header}, not {list(row)}: move it away or choose another file")
         writer = csv.DictWriter(file, list(row))
         if is_new:
             writer.writeheader()
@@ -46,12 +88,25 @@ def append(path: Path, row: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read(path: Path) -> list[Row]:
     """The rows of a CSV file; none where there is no file."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def provenance(rows: list[Row]) -> str:
+    """Which core, commits and devices made the rows, in a line; several cores are counted, because they may differ."""
+    cores: dict[str, int] = {}
+    for row in rows:
+        cores[row["core"]] = cores.get(row["core"], 0) + 1
+    if len(cores) > 1:
+        made_by = "MIXED CORES: " + ", ".join(f"{core} ({count} rows)" for core, count in cores.items())
+    else:
+        made_by = f"core {next(iter(cores), 'none')}"
+    names = {name: ", ".join(sorted({row[name] for row in rows})) for name in ("commit", "torch", "device")}
+    return f"{len(rows)} rows, {made_by}; commit {names['commit']}; torch {names['torch']}; {names['device']}"
 
 
 def output(command: list[str]) -> str:

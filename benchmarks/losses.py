@@ -1,133 +1,220 @@
-"""The losses whose cost is compared: ours by every estimator and route, lightly's, those of a clone of solo-learn, and
-two relatives written from their papers.
+"""The registry of losses: ours, and its rivals with their libraries' published settings.
 
-Every entry makes a criterion of two (N, D) views. Rivals keep their published settings.
+Every entry of :data:`LOSSES` makes a criterion of two (N, D) views; commands also take options of ``MMILoss`` as a
+name, such as ``snr=256,slice_dim=None``. ``python -m benchmarks rates`` measures which learning rate a loss wants.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
+import functools
+import math
 import sys
 import types
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import lightly.loss
 import torch
-import torch.nn.functional as F
+from lightly.loss.lejepa_loss import lejepa_invariance_loss
 from torch import Tensor, nn
 
 from mmi_loss import MMILoss
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
-MAX_WMSE_DIM = 512
-"""W-MSE inverts the D x D covariance of the samples: it needs N > D."""
 
 
-class NaiveMMI(nn.Module):
-    """The content objective as one would first write it: covariances, ``torch.logdet``, autograd."""
+@dataclass(frozen=True)
+class Loss:
+    """A criterion of two (N, D) views.
+
+    Attributes:
+        title: Its name in print.
+        library: Where it comes from.
+        make: ``make(gather)``; with ``gather`` it takes its statistics over all ranks.
+        fast: The same number and gradient on one device in less time, where there is such a form: for training runs
+            whose time is not the question.
+        square: Rows of the largest square matrix it builds, of N and D.
+        options: Of ``MMILoss``, where it is ours.
+    """
+
+    title: str
+    library: str
+    make: Callable[[bool], nn.Module]
+    fast: Callable[[], nn.Module] | None = None
+    square: Callable[[int, int], int] = lambda n, dim: 0
+    options: dict[str, Any] | None = field(default=None)
+
+    def criterion(self, gather: bool = False, fast: bool = False) -> nn.Module:
+        """A new criterion, in its fast form where that is wanted and there is one."""
+        return self.fast() if fast and self.fast and not gather else self.make(gather)
+
+
+def ours(title: str, **options: Any) -> Loss:
+    """``MMILoss(**options)``."""
+    options = {name: value for name, value in options.items() if not name.startswith(("gather", "process"))}
+
+    def square(n: int, dim: int) -> int:
+        is_joint = options.get("objective") == "joint"
+        return options.get("slice_dim", 1) or (min(n, 2 * dim) if is_joint else min(2 * n, dim))
+
+    return Loss(title, "mmi-loss", lambda gather: MMILoss(**options, gather_distributed=gather), None, square, options)
+
+
+def lightlys(
+    title: str,
+    make: Callable[..., nn.Module],
+    fast: Callable[[], nn.Module] | None = None,
+    square: Callable[[int, int], int] = lambda n, dim: 0,
+) -> Loss:
+    """A loss of lightly that can gather."""
+    return Loss(title, "lightly", lambda gather: make(gather_distributed=gather), fast, square)
+
+
+def _squared_norm_of_product(a: Tensor, b: Tensor) -> Tensor:
+    """The squared Frobenius norm of ``a.T @ b`` for (N, D) matrices, by whichever of D x D and N x N is smaller."""
+    if len(a) < a.shape[1]:
+        return ((a @ a.T) * (b @ b.T)).sum()
+    return (a.T @ b).square().sum()
+
+
+class FastBarlowTwins(lightly.loss.BarlowTwinsLoss):
+    """lightly's Barlow Twins on one device; where N < D no D x D matrix is formed."""
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        z = torch.cat([z_a, z_b])
-        mean, std = z.mean(0), z.std(0)
-        x_a, x_b = (z_a - mean) / std, (z_b - mean) / std
-        total = (x_a.T @ x_a + x_b.T @ x_b) / len(z)
-        within = (x_a - x_b).T @ (x_a - x_b) / len(z)
-        noise = z.shape[1] / 64 * torch.eye(z.shape[1], device=z.device)
-        return 0.5 * (torch.logdet(within + noise) - torch.logdet(total + noise))
+        n = len(z_a)
+        z_a, z_b = (nn.functional.batch_norm(z, None, None, training=True) for z in (z_a, z_b))
+        diagonal = (z_a * z_b).sum(0) / n
+        off_diagonal = _squared_norm_of_product(z_a, z_b) / n**2 - diagonal.square().sum()
+        return (diagonal - 1).square().sum() + self.lambda_param * off_diagonal
 
 
-class MEC(nn.Module):
-    """Maximum entropy coding (Liu et al. 2022, eq. 5 and 6), written from the paper: fourth-order series, eps^2 = 0.06.
-
-    The smaller of the N x N and D x D forms, as the paper's algorithm takes it.
-    """
+class FastVICReg(lightly.loss.VICRegLoss):
+    """lightly's VICReg on one device, with the same shortcut as :class:`FastBarlowTwins`."""
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         n, dim = z_a.shape
-        z_a, z_b = F.normalize(z_a, dim=1), F.normalize(z_b, dim=1)
-        product = z_a @ z_b.T if n < dim else z_a.T @ z_b
-        c = dim / (n * 0.06) * product
-        power, series = c, torch.zeros_like(c)
-        for order in range(1, 5):
-            series = series + (-1) ** (order + 1) / order * power
-            power = power @ c
-        return -(n + dim) / 2 * torch.trace(series) / n
+        variance, covariance = z_a.new_zeros(()), z_a.new_zeros(())
+        for z in (z_a, z_b):
+            x = z - z.mean(0)
+            squares = x.square().sum(0)
+            std = (squares / (n - 1) + self.eps).sqrt()
+            variance = variance + 0.5 * (1 - std).relu().mean()
+            off_diagonal = _squared_norm_of_product(x, x) - squares.square().sum()
+            covariance = covariance + off_diagonal / (n - 1) ** 2 / dim
+        invariance = nn.functional.mse_loss(z_a, z_b)
+        return self.lambda_param * invariance + self.mu_param * variance + self.nu_param * covariance
 
 
-class CorInfoMax(nn.Module):
-    """CorInfoMax (Ozsoy et al. 2022, eq. 6), written from the paper: running covariances, log det, attraction.
-
-    Forgetting factor 0.01, regulariser 1e-8 I grown to 1e-4 for float32, attraction weight 500.
+class LeJEPA(lightly.loss.LeJEPALoss):
+    """lightly's LeJEPA of two global views. Its own forward demands local views besides; repeating the global ones
+    there gives the same number for twice the cost.
     """
 
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.register_buffer("covariances", torch.eye(dim).repeat(2, 1, 1))
-        self.register_buffer("means", torch.zeros(2, dim))
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        views = torch.stack([z_a, z_b])
+        invariance = lejepa_invariance_loss(all_proj=views, global_proj=views)
+        return self.lambda_param * self.sigreg(views) + (1 - self.lambda_param) * invariance
+
+
+class VISReg(lightly.loss.VISRegLoss):
+    """lightly's VISReg of two global views and no local one. It recommends lambda .6 for small data, .9 for large."""
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        n, dim = z_a.shape
-        z_a, z_b = F.normalize(z_a, dim=1), F.normalize(z_b, dim=1)
-        entropy = torch.zeros((), device=z_a.device)
-        for view, z in enumerate((z_a, z_b)):
-            mean = 0.99 * self.means[view] + 0.01 * z.mean(0)
-            x = z - mean
-            covariance = 0.99 * self.covariances[view] + 0.01 * x.T @ x / n
-            entropy = entropy + torch.logdet(covariance + 1e-4 * torch.eye(dim, device=z.device)) / dim
-            self.means[view], self.covariances[view] = mean.detach(), covariance.detach()
-        return 500 * F.mse_loss(z_a, z_b) - entropy
+        views = torch.stack([z_a, z_b])
+        return super().forward(local_proj=views[:0], global_proj=views)
 
 
-def _of(criterion: nn.Module, arguments: Callable[[Tensor, Tensor], tuple[Any, ...]]) -> Criterion:
-    return lambda z_a, z_b: criterion(*arguments(z_a, z_b))
+class FroSSL(lightly.loss.FroSSLLoss):
+    """lightly's FroSSL of two views."""
+
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        return super().forward([z_a, z_b])
 
 
-def _multi_view(criterion: nn.Module) -> Criterion:
-    """LeJEPA and VISReg take stacks of local and of global views: here one of each."""
+class MMCR(lightly.loss.MMCRLoss):
+    """lightly's MMCR, with the first view as the online network's and the second as the momentum network's."""
 
-    def of_stack(z_a: Tensor, z_b: Tensor) -> Tensor:
-        return criterion(local_proj=z_a[None], global_proj=z_b[None])
-
-    return of_stack
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        return super().forward(z_a[:, None], z_b[:, None])
 
 
-def _wmse(n: int, dim: int) -> Criterion:
-    criterion = lightly.loss.WMSELoss(embedding_dim=dim, w_size=n)
-    return lambda z_a, z_b: criterion(torch.cat([z_a, z_b]))
-
-
-LOSSES: dict[str, Callable[[int, int], Criterion]] = {
-    "mmi": lambda n, dim: MMILoss(),
-    "mmi_compiled": lambda n, dim: torch.compile(MMILoss()),
-    "mmi_gaussian": lambda n, dim: MMILoss(slice_kind="gaussian"),
-    "mmi_coordinates": lambda n, dim: MMILoss(slice_kind="coordinates"),
-    "mmi_4_slices": lambda n, dim: MMILoss(num_slices=4),
-    "mmi_k32": lambda n, dim: MMILoss(slice_dim=32),
-    "mmi_k512": lambda n, dim: MMILoss(slice_dim=512),
-    "mmi_exchangeable": lambda n, dim: MMILoss(objective="exchangeable"),
-    "mmi_joint": lambda n, dim: MMILoss(objective="joint"),
-    "mmi_all": lambda n, dim: MMILoss(slice_dim=None),
-    "mmi_all_exchangeable": lambda n, dim: MMILoss(objective="exchangeable", slice_dim=None),
-    "mmi_all_joint": lambda n, dim: MMILoss(objective="joint", slice_dim=None),
-    "mmi_paper": lambda n, dim: MMILoss.paper(),
-    "mmi_naive": lambda n, dim: NaiveMMI(),
-    "barlow_twins": lambda n, dim: lightly.loss.BarlowTwinsLoss(),
-    "vicreg": lambda n, dim: lightly.loss.VICRegLoss(),
-    "frossl": lambda n, dim: _of(lightly.loss.FroSSLLoss(), lambda a, b: ([a, b],)),
-    "mmcr": lambda n, dim: _of(lightly.loss.MMCRLoss(), lambda a, b: (a[:, None], b[:, None])),
-    "wmse": _wmse,
-    "lejepa": lambda n, dim: _multi_view(lightly.loss.LeJEPALoss()),
-    "visreg": lambda n, dim: _multi_view(lightly.loss.VISRegLoss()),
-    "simclr": lambda n, dim: lightly.loss.NTXentLoss(),
-    "mec": lambda n, dim: MEC(),
-    "corinfomax": lambda n, dim: CorInfoMax(dim),
+LOSSES: dict[str, Loss] = {
+    "mmi": ours("MMI"),
+    "mmi_all": ours("MMI, all features", slice_dim=None),
+    "mmi_exchangeable": ours("MMI exchangeable", objective="exchangeable"),
+    "mmi_joint": ours("MMI joint", objective="joint"),
+    "mmi_joint_all": ours("MMI joint, all features", objective="joint", slice_dim=None),
+    "mmi_paper": ours("MMI as in the paper (our reading)", **MMILoss.paper().options.given()),
+    "barlow_twins": lightlys("Barlow Twins", lightly.loss.BarlowTwinsLoss, FastBarlowTwins, lambda n, d: d),
+    "vicreg": lightlys("VICReg", lightly.loss.VICRegLoss, FastVICReg, lambda n, d: d),
+    "simclr": lightlys("SimCLR", lightly.loss.NTXentLoss),
+    "lejepa": lightlys("LeJEPA", LeJEPA),
+    "simclr_02": lightlys("SimCLR, τ = .2", functools.partial(lightly.loss.NTXentLoss, 0.2)),
+    "simclr_01": lightlys("SimCLR, τ = .1", functools.partial(lightly.loss.NTXentLoss, 0.1)),
+    "visreg": lightlys("VISReg", functools.partial(VISReg, 0.6)),
+    "visreg_09": lightlys("VISReg, λ = .9", VISReg),
+    "frossl": Loss("FroSSL", "lightly", lambda gather: FroSSL(), square=min),
+    # Its svd makes a D x D matrix of every sample.
+    "mmcr": Loss("MMCR", "lightly", lambda gather: MMCR(), square=lambda n, d: math.isqrt(n) * d),
 }
+UNTRAINED, PIXELS, SUPERVISED = "untrained", "pixels", "supervised"
+"""Methods of a comparison that have no loss: before training, without a network, and trained with labels."""
+FIXED = (UNTRAINED, PIXELS)
 
 
-def solo_learn(checkout: Path, names: Sequence[str]) -> dict[str, Callable[..., Tensor]]:
+def find(method: str) -> Loss | None:
+    """The loss of that name, or ours with the options that the name consists of, such as ``snr=256,slice_dim=None``.
+
+    None for the methods that have no loss.
+
+    Raises:
+        ValueError, TypeError: There is no such method; the message names the known ones.
+    """
+    if method in (*FIXED, SUPERVISED):
+        return None
+    if method in LOSSES:
+        return LOSSES[method]
+    if "=" not in method:
+        known = ", ".join([*FIXED, SUPERVISED, *LOSSES])
+        raise ValueError(f"{method!r} is neither options of MMILoss, such as snr=256, nor one of {known}")
+    options = {}
+    for assignment in method.split(","):
+        name, text = assignment.strip().split("=", 1)
+        try:
+            options[name] = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            options[name] = text
+    return ours(method, **options)
+
+
+def method(name: str) -> str:
+    """A name for the command line: one that :func:`find` knows."""
+    try:
+        found = find(name)
+        if found:
+            found.criterion()
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
+
+
+def title(method: str) -> str:
+    """A method's name in print."""
+    named = {UNTRAINED: "untrained backbone", PIXELS: "raw pixels", SUPERVISED: "supervised, with labels"}
+    return named.get(method) or (LOSSES[method].title if method in LOSSES else method)
+
+
+def is_rival(method: str) -> bool:
+    """Whether it is another library's loss."""
+    return method in LOSSES and LOSSES[method].library != "mmi-loss"
+
+
+def solo_learn(checkout: Path, names: Sequence[str] = ("barlow", "vicreg")) -> dict[str, Callable[..., Tensor]]:
     """Loss functions of a clone of solo-learn, such as ``barlow``, by their own files.
 
     ``solo.utils.misc`` imports timm and more, of which the losses need nothing: only what gathers is taken from it.
@@ -152,5 +239,5 @@ def solo_learn(checkout: Path, names: Sequence[str]) -> dict[str, Callable[..., 
         for name, path in paths.items():
             module = types.ModuleType(name)
             exec(compile(path.read_text(), str(path), "exec"), vars(module))
-            functions[name] = vars(module)[f"{name}_loss_func"]
+            functions[f"solo-learn {name}"] = vars(module)[f"{name}_loss_func"]
     return functions

@@ -24,16 +24,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from benchmarks import environment
+from benchmarks import environment, timing
 from mmi_loss import MMILoss
 
 SHAPES = [(256, 8192), (4096, 8192), (256, 2048), (4096, 2048)]
@@ -54,27 +51,19 @@ TURNS = 30
 REPLAYS = 20
 """Of a graph, timed together: a single one is shorter than what its events resolve."""
 COPY_BYTES = 2**30
-EVICTION_BYTES = 256 * 2**20
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
 MODES = ("plain", "graph", "compiled")
-MEASURES = ("median_ms", "q1_ms", "q3_ms", "launches", "peak_extra_mib", "gb_per_s", "of_copy_rate", "failure")
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command's options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed_cuda", description=__doc__)
-    parser.add_argument("--dry-run", action="store_true", help="without a GPU: check and compile, time nothing")
-    parser.add_argument("--minutes", type=float, default=9.0, help="then stop; the next run continues")
-    parser.add_argument("--out", type=Path, help="CSV file (default benchmarks/results/speed-cuda.csv)")
-    return parser.parse_args(arguments)
+MEASURES = ("median_ms", "q1_ms", "q3_ms", "turns", "launches", "peak_extra_mib", "gb_per_s", "of_copy_rate", "failure")
 
 
 def main(arguments: list[str]) -> None:
     """Check, measure, append to the CSV files, print the tables."""
-    options, console = parse(arguments), Console(width=None if sys.stdout.isatty() else 200)
-    out = options.out or environment.RESULTS / "speed-cuda.csv"
-    has_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed_cuda", description=__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="without a GPU: check and compile, time nothing")
+    parser.add_argument("--minutes", type=float, default=9.0, help="then stop; the next run continues")
+    parser.add_argument("--out", type=Path, default=environment.RUNS / "speed-cuda.csv", help="CSV file")
+    options = parser.parse_args(arguments)
+    out, has_gpu = options.out, torch.cuda.is_available()
     if not has_gpu and not options.dry_run:
         raise SystemExit("torch sees no CUDA device; nothing was measured. --dry-run checks the kernels without one")
     warnings.filterwarnings("ignore", message=".*(lr_scheduler|deterministic|invalid value|divide by zero).*")
@@ -87,15 +76,15 @@ def main(arguments: list[str]) -> None:
     checks = check(CHECKS if has_gpu else SMALL_CHECKS, device)
     for row in checks:
         environment.append(out.with_name(f"{out.stem}-checks.csv"), {**row, **place})
-    _print(checks, "relative error to float64, and that of plain torch", console)
+    _print(checks, "relative error to float64, and that of plain torch")
     failed = [row for row in checks if not row["passed"]]
     if options.dry_run:
-        compile_ahead_of_time(console)
-        console.print("not measured: no GPU" if not has_gpu else "not measured: --dry-run")
+        compile_ahead_of_time()
+        print("not measured: no GPU" if not has_gpu else "not measured: --dry-run")
     else:
         names = [name for name in NAMES if name != "mmi_triton" or not failed]
-        measure_all(names, deadline, place, out, device, console)
-        _print(decision(_done_here(out, place)), "how many times as long as the kernels", console)
+        measure_all(names, deadline, place, out, device)
+        _print(decision(_done_here(out, place)), "how many times as long as the kernels")
     if failed:
         raise SystemExit(f"{len(failed)} of {len(checks)} checks of the kernels failed: they must not be the default")
 
@@ -104,8 +93,8 @@ def check(cases: list[tuple[int, int, dict[str, Any]]], device: torch.device) ->
     """A row per case and dtype: errors of loss and gradients by the kernels, and by plain torch in float32."""
     rows = []
     for (n, dim, options), (precision, dtype) in itertools.product(cases, DTYPES.items()):
-        pair = _views(n, dim, dtype, device)
-        truth = _value_and_gradients("reference", [z.double() for z in pair], options)
+        pair = timing.views(n, dim, dtype, device)
+        truth = _value_and_gradients("reference", [z.detach().double() for z in pair], options)
         # The interpreter truncates to bfloat16 where devices round to nearest.
         tolerance = 5e-6 + (torch.finfo(dtype).eps / 2 if device.type == "cpu" and precision == "bf16" else 0.0)
         errors = []
@@ -120,15 +109,8 @@ def check(cases: list[tuple[int, int, dict[str, Any]]], device: torch.device) ->
     return rows
 
 
-def _views(n: int, dim: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    content = torch.randn(n, dim, generator=generator) + 1.5
-    noise = torch.randn(2, n, dim, generator=generator) / 2
-    return [(content + e).to(device, dtype) for e in noise]
-
-
 def _value_and_gradients(impl: str, views: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
-    leaves = [z.clone().requires_grad_() for z in views]
+    leaves = [z.detach().clone().requires_grad_() for z in views]
     # What a kernel leaves unwritten is then NaN.
     torch.use_deterministic_algorithms(impl == "triton", warn_only=True)
     try:
@@ -139,7 +121,7 @@ def _value_and_gradients(impl: str, views: list[Tensor], options: dict[str, Any]
     return [loss.detach().double(), *(z.grad.double() for z in leaves if z.grad is not None)]
 
 
-def compile_ahead_of_time(console: Console) -> None:
+def compile_ahead_of_time() -> None:
     """Every kernel to machine code, by tests/triton_aot.py in a process of its own: there they are not interpreted."""
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command, root = [sys.executable, "-m", "tests.triton_aot", *PROBLEMS], Path(__file__).parents[1]
@@ -147,27 +129,25 @@ def compile_ahead_of_time(console: Console) -> None:
     if done.returncode:
         raise SystemExit(f"a kernel does not compile:\n{done.stderr}")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    _print([row for row in rows if "kernel" in row], "compiled for GPUs that are not here", console)
+    _print([row for row in rows if "kernel" in row], "compiled for GPUs that are not here")
 
 
-def measure_all(
-    names: list[str], deadline: float, place: dict[str, Any], out: Path, device: torch.device, console: Console
-) -> None:
+def measure_all(names: list[str], deadline: float, place: dict[str, Any], out: Path, device: torch.device) -> None:
     """A row per loss, mode, shape and dtype, ours first and compiling last, until the time is up."""
     done = {_key(row) for row in _done_here(out, place)}
     copy_rate = bytes_per_second_of_a_copy()
-    console.print(f"measured copy: {copy_rate / 1e9:.0f} GB/s read and written together")
+    print(f"measured copy: {copy_rate / 1e9:.0f} GB/s read and written together")
     cells = list(itertools.product(MODES, names, SHAPES, TIMED_DTYPES))
     for index, (mode, name, (n, dim), precision) in enumerate(cells):
         key = {"loss": name, "mode": mode, "n": n, "d": dim, "precision": precision}
         if _key(key) in done:
             continue
         if time.monotonic() > deadline:
-            console.print(f"[yellow]time is up; {len(cells) - index} rows are left: run the command again")
+            print(f"time is up; {len(cells) - index} rows are left: run the command again")
             return
         row = {**key, **measure(name, mode, n, dim, DTYPES[precision], copy_rate, device)}
-        environment.append(out, {**row, "copy_gb_per_s": _significant(copy_rate / 1e9), **place})
-        console.print(" ".join(f"{column}={value}" for column, value in row.items() if value != ""))
+        environment.append(out, {**row, "copy_gb_per_s": timing.digits(copy_rate / 1e9), **place})
+        print(" ".join(f"{column}={value}" for column, value in row.items() if value != ""))
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
@@ -185,12 +165,18 @@ def measure(
 ) -> dict[str, str]:
     """Forward and backward of one loss. One that fails, for lack of memory say, has a row that says so."""
     row = dict.fromkeys(MEASURES, "")
-    leaves = [z.requires_grad_() for z in _views(n, dim, dtype, device)]
+    leaves = timing.views(n, dim, dtype, device)
     torch.compiler.reset()  # or the second shape would be compiled for all shapes
     try:
         with device:  # buffers of criteria that are wrapped in functions
-            criterion = _criterion(name, n, dim)
-        step = partial(_step, torch.compile(criterion) if mode == "compiled" else criterion, leaves)
+            criterion = _criterion(name)
+        called = torch.compile(criterion) if mode == "compiled" else criterion
+
+        def step() -> None:
+            for z in leaves:
+                z.grad = None
+            called(*leaves).backward()
+
         for _ in range(3):
             step()
         if mode == "graph":
@@ -203,25 +189,18 @@ def measure(
         if device.type == "cuda":
             torch.cuda.synchronize()
         return row
-    for column, value in zip(("q1_ms", "median_ms", "q3_ms"), statistics.quantiles(seconds, n=4), strict=True):
-        row[column] = _significant(1e3 * value)
+    row |= timing.summary(seconds)
     # Both inputs read and both gradients written: what a loss has to move at least.
     rate = 2 * sum(z.nbytes for z in leaves) / statistics.median(seconds)
-    return row | {"gb_per_s": _significant(rate / 1e9), "of_copy_rate": _significant(rate / copy_rate)}
+    return row | {"gb_per_s": timing.digits(rate / 1e9), "of_copy_rate": timing.digits(rate / copy_rate)}
 
 
-def _criterion(name: str, n: int, dim: int) -> Criterion:
+def _criterion(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     if name.startswith("mmi_"):
         return MMILoss(impl=name.removeprefix("mmi_"))
     from benchmarks.losses import LOSSES  # it imports lightly, and that triton
 
-    return LOSSES[name](n, dim)
-
-
-def _step(criterion: Criterion, leaves: list[Tensor]) -> None:
-    for z in leaves:
-        z.grad = None
-    criterion(*leaves).backward()
+    return LOSSES[name].criterion()
 
 
 def _captured(step: Callable[[], None]) -> Callable[[], None]:
@@ -242,20 +221,8 @@ def _captured(step: Callable[[], None]) -> Callable[[], None]:
     return replay
 
 
-def _times(step: Callable[[], Any]) -> list[float]:
-    """Seconds of every turn, each with the cache emptied before it."""
-    eviction = torch.zeros(EVICTION_BYTES // 4, device="cuda")
-    step()
-    seconds = []
-    for _ in range(TURNS):
-        eviction.add_(1)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3)
-    return seconds
+def _times(step: timing.Step) -> list[float]:
+    return timing.take_turns({"": step}, TURNS, device="cuda")[""]
 
 
 def bytes_per_second_of_a_copy() -> float:
@@ -272,43 +239,29 @@ def _launches_and_memory(step: Callable[[], None], leaves: list[Tensor]) -> dict
         step()
         torch.cuda.synchronize()
     launches = sum(1 for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA)
-    for z in leaves:
-        z.grad = None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before - sum(z.nbytes for z in leaves)
-    return {"launches": str(launches), "peak_extra_mib": _significant(peak / 2**20)}
+    return {"launches": str(launches), "peak_extra_mib": timing.digits(timing.peak_extra_bytes(step, leaves) / 2**20)}
 
 
 def decision(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
     """Per mode, shape and dtype: the times of the others over that of the kernels. Above 1 the kernels win."""
-    times = {_key(row): float(row["median_ms"]) for row in rows if row["median_ms"]}
+    cells: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in rows:
+        if row["median_ms"]:
+            cells.setdefault(_key(row)[1:], {})[row["loss"]] = float(row["median_ms"])
     ratios = []
-    for mode, (n, dim), precision in itertools.product(MODES, SHAPES, TIMED_DTYPES):
-        of = {name: times.get((name, mode, str(n), str(dim), precision)) for name in NAMES}
-        ours = of.pop("mmi_triton")
-        if ours is None:
-            continue
-        fastest = min((name for name in RIVALS if of[name]), key=lambda name: of[name] or 0.0, default="")
-        row = {"mode": mode, "n": n, "d": dim, "precision": precision, "mmi_triton ms": _significant(ours)}
-        row |= {name: _significant(value / ours) if value else "" for name, value in of.items()}
-        ratios.append({**row, "fastest rival": fastest})
+    for (mode, *shape), times in cells.items():
+        if "mmi_triton" in times:
+            row = {"mode": mode, "n x d, dtype": " ".join(shape), "mmi_triton ms": times["mmi_triton"]}
+            of = {name: f"{times[name] / times['mmi_triton']:.3g}" if name in times else "" for name in NAMES[1:]}
+            fastest = min((name for name in RIVALS if name in times), key=times.__getitem__, default="")
+            ratios.append({**row, **of, "fastest rival": fastest})
     return ratios
 
 
-def _significant(value: float) -> str:
-    return f"{value:.3g}"
+def _print(rows: list[dict[str, Any]], title: str) -> None:
+    from benchmarks.report import table  # it imports lightly, and that triton
 
-
-def _print(rows: list[dict[str, Any]], title: str, console: Console) -> None:
-    table = Table(title=title)
-    for name in rows[0] if rows else ["nothing"]:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    console.print(table)
+    print(f"\n{title}\n", table(list(rows[0]), [row.values() for row in rows]) if rows else "nothing", sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""One pretraining run: a backbone and projection head under a criterion, by Lightning, with lightly's LARS."""
+"""One pretraining run: a backbone and projection head under a loss, by Lightning, to kNN and linear accuracy."""
 
 from __future__ import annotations
 
-import time
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import statistics
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,46 +23,71 @@ from lightly.utils.lars import LARS
 from lightly.utils.scheduler import CosineWarmupScheduler
 from torch import Tensor, nn
 
-from benchmarks import evaluation
+from benchmarks import data, evaluation, timing
 from benchmarks.data import Task
+from benchmarks.losses import FIXED, find
+from mmi_loss.options import Options
 
 WARMUP = 0.1
-WEIGHT_DECAY = 1e-6
+OPTIMIZERS = ("adamw", "lars", "sgd", "sgd-plain")
+"""``sgd`` has momentum 0.9, ``sgd-plain`` none."""
 PLAIN_RATE = 0.0048 / 0.2
-ADAMW_RATE = 2e-3
+"""LARS adapts the rate of weights alone; biases and norms take plain SGD, at the ratio of Barlow Twins' schedule."""
 RESIDUAL_WIDTHS = (24, 48, 96, 192)
+NOISE = ".*(does not have many workers|objective=|treespec|lr_scheduler|Checkpoint dir|sync_dist).*"
+"""Warnings that a run of the benchmarks knows about."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The budget and the network, the same for every method."""
+class Cell:
+    """One run: a task, a method, and all that decides its outcome.
 
-    steps: int = 300
-    batch_size: int = 256
-    projector_dim: int = 1024
+    ``method`` is what :func:`benchmarks.losses.find` knows. ``learning_rate`` is the optimiser's: AdamW's and SGD's as
+    it is, LARS's per 256 samples. ``own`` takes every loss as its library has it, where otherwise faster forms of the
+    same number are taken.
+    """
+
+    task: str
+    method: str
+    projector_dim: int
+    batch_size: int
+    seed: int
+    learning_rate: float
+    steps: int
+    evaluations: int = 3
+    optimizer: str = "adamw"
+    backbone: str = "tiny"
     head_layers: int = 2
-    backbone: str = "conv"
-    devices: int = 1
+    hidden_dim: int = 512
     precision: str = "32-true"
-    optimizer: str = "lars"
-    evaluations: int = 6
-    hidden_dim: int | None = None
-    """Width of the projector's hidden layers; None: ``projector_dim``."""
+    own: bool = False
+
+    @property
+    def key(self) -> str:
+        """Names the cell in the CSV file; it changes with any of its fields and, for ours, with any default."""
+        loss = find(self.method)
+        ours = Options(**loss.options).given() if loss and loss.options is not None else None
+        content = {**dataclasses.asdict(self), "options": ours}
+        if data.variant(self.task):
+            content["variant"] = data.variant(self.task)
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def label(self) -> str:
+        """For progress bars and errors."""
+        where = f"D={self.projector_dim}, N={self.batch_size}, rate {self.learning_rate:g}, seed {self.seed}"
+        return f"{self.task}, {self.method}, {where}"
 
 
 @dataclass
 class Outcome:
-    """What a run measured: accuracy over steps, final accuracies, and where the time went.
+    """What a run measured; accuracies are NaN if it diverged. ``history`` has the kNN accuracy over the steps."""
 
-    ``measures`` is filled by ``pretrain(..., measure=True)``; accuracies are NaN if the run diverged.
-    """
-
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, float]]
     knn: float = float("nan")
     linear: float = float("nan")
     step_ms: float = float("nan")
     loss_ms: float = float("nan")
-    measures: dict[str, Any] = field(default_factory=dict)
 
 
 class _Residual(nn.Module):
@@ -83,11 +112,10 @@ def make_backbone(name: str, channels: int, image_size: int) -> tuple[nn.Module,
     if name == "pixels":
         return nn.Flatten(), channels * image_size**2
     if name == "residual":
-        # Channels last is a fifth faster on a CPU.
-        blocks = [_Residual(i, o) for i, o in pairwise(RESIDUAL_WIDTHS)]
         stem = [nn.Conv2d(channels, RESIDUAL_WIDTHS[0], 3, 2, 1, bias=False), nn.BatchNorm2d(RESIDUAL_WIDTHS[0])]
+        blocks = [_Residual(i, o) for i, o in itertools.pairwise(RESIDUAL_WIDTHS)]
         network = nn.Sequential(*stem, nn.ReLU(), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        return network.to(memory_format=torch.channels_last), RESIDUAL_WIDTHS[-1]
+        return network.to(memory_format=torch.channels_last), RESIDUAL_WIDTHS[-1]  # a fifth faster on a CPU
     layers: list[nn.Module] = []
     if name == "mlp":
         for width in (256, 256, 128):
@@ -109,128 +137,107 @@ def make_backbone(name: str, channels: int, image_size: int) -> tuple[nn.Module,
         features = resnet.fc.in_features
         resnet.fc = nn.Identity()
         return resnet, features
-    raise SystemExit(f"--backbone {name} is not one of conv, tiny, residual, mlp, pixels, resnet18, resnet50")
+    raise ValueError(f"--backbone {name} is not one of conv, tiny, residual, mlp, pixels, resnet18, resnet50")
 
 
 class Pretraining(pl.LightningModule):
     """Two views through backbone and head into ``criterion(z_a, z_b)``; without criterion, supervised training.
 
-    On the CPU it times the criterion inside the step: forward by the clock, backward from the start of the pass to
-    the arrival of the gradient at the projections.
+    It times the criterion inside the step: forward, and backward from the start of the pass to the arrival of the
+    gradient at the projections.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        head: nn.Module,
-        criterion: nn.Module | None,
-        learning_rate: float,
-        settings: Settings,
-    ) -> None:
+    def __init__(self, task: Task, cell: Cell) -> None:
         super().__init__()
-        self.backbone, self.head, self.criterion = backbone, head, criterion
-        self.learning_rate, self.settings = learning_rate, settings
-        self.loss_seconds: list[float] = []
-        self._clock = 0.0
+        self.cell = cell
+        self.backbone, features = make_backbone(cell.backbone, task.channels, task.image_size)
+        loss = find(cell.method)
+        self.criterion = loss.criterion(fast=not cell.own) if loss else None
+        self.head: nn.Module = nn.Linear(features, task.num_classes)
+        if self.criterion is not None:
+            self.head = VICRegProjectionHead(features, cell.hidden_dim, cell.projector_dim, cell.head_layers)
+        self.marks: list[list[Any]] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         views, labels = batch[0], batch[1]
         if self.criterion is None:
             return nn.functional.cross_entropy(self.head(self.backbone(views[0])), labels)
-        z = self.head(self.backbone(torch.cat(views)))
+        z = self.head(self.backbone(torch.cat(list(views))))
         z_a, z_b = z.chunk(2)
-        start = time.perf_counter()
+        marks = [self.clock.mark()]
         loss = self.criterion(z_a, z_b)
-        seconds = time.perf_counter() - start
-        z.register_hook(lambda grad: self.loss_seconds.append(seconds + time.perf_counter() - self._clock))
+        marks.append(self.clock.mark())
+        self.marks.append(marks)
+        z.register_hook(lambda grad: marks.append(self.clock.mark()))
         return loss
 
     def on_before_backward(self, loss: Tensor) -> None:
-        self._clock = time.perf_counter()
+        if self.marks:
+            self.marks[-1].append(self.clock.mark())
+
+    @property
+    def clock(self) -> timing.Clock:
+        """Of the device."""
+        return timing.Clock(self.device)
 
     def configure_optimizers(self) -> Any:
-        decayed, plain = get_weight_decay_parameters([self.backbone, self.head])
-        if self.settings.optimizer == "adamw":
-            optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate)
-            return [optimizer], [self._schedule(optimizer)]
-        rate = self.learning_rate * self.settings.batch_size * self.settings.devices / 256
-        # LARS adapts the rate of weights alone; biases and norms get plain SGD, at the ratio of Barlow Twins' schedule.
-        plain_rate = PLAIN_RATE * rate
-        groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0, "lr": plain_rate}]
-        optimizer = LARS(groups, lr=rate, momentum=0.9, weight_decay=WEIGHT_DECAY)
-        return [optimizer], [self._schedule(optimizer)]
-
-    def _schedule(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        steps = self.settings.steps
-        scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=int(WARMUP * steps), max_epochs=steps)
-        return {"scheduler": scheduler, "interval": "step"}
+        cell, rate = self.cell, self.cell.learning_rate
+        if cell.optimizer == "adamw":
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.parameters(), rate)
+        elif cell.optimizer == "lars":
+            rate *= cell.batch_size / 256
+            decayed, plain = get_weight_decay_parameters([self.backbone, self.head])
+            groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0, "lr": PLAIN_RATE * rate}]
+            optimizer = LARS(groups, lr=rate, momentum=0.9, weight_decay=1e-6)
+        else:
+            momentum = 0.9 if cell.optimizer == "sgd" else 0.0
+            optimizer = torch.optim.SGD(self.parameters(), rate, momentum=momentum, weight_decay=5e-4)
+        scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=int(WARMUP * cell.steps), max_epochs=cell.steps)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
 class Watch(pl.Callback):
     """Evaluates along the way, times the steps and reports progress."""
 
-    def __init__(self, task: Task, settings: Settings, on_step: Callable[[], None], measure: bool) -> None:
-        self.task, self.settings, self.on_step, self.measure = task, settings, on_step, measure
+    def __init__(self, task: Task, cell: Cell, on_step: Callable[[], None]) -> None:
+        self.task, self.cell, self.on_step = task, cell, on_step
         self.history: list[dict[str, float]] = []
-        self.step_seconds: list[float] = []
-        self._start = 0.0
+        self.marks: list[tuple[Any, Any]] = []
+        self.clock = timing.Clock()
+        self._start: Any = None
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        self._start = time.perf_counter()
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        self.clock = timing.Clock(module.device)
+        self._start = self.clock.mark()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        self.step_seconds.append(time.perf_counter() - self._start)
+        self.marks.append((self._start, self.clock.mark()))
         self.on_step()
-        steps = self.settings.steps
-        every = max(1, steps // self.settings.evaluations)
-        if trainer.global_step < steps - every // 2 and trainer.global_step % every == 0 and trainer.is_global_zero:
+        every = max(1, self.cell.steps // self.cell.evaluations)
+        is_early = trainer.global_step < self.cell.steps - every // 2
+        if is_early and trainer.global_step % every == 0:
             train, test = evaluation.features_of(module.backbone, self.task)
-            accuracy = evaluation.knn_accuracy(train, test, self.task.num_classes)
-            seconds = sum(self.step_seconds)
-            point = {"step": trainer.global_step, "seconds": seconds, "knn": accuracy}
-            if self.measure:
-                point |= evaluation.information(module.head, test, self.task)
-            self.history.append(point)
+            self.note(trainer.global_step, evaluation.knn_accuracy(train, test, self.task.num_classes))
+
+    def note(self, step: int, knn: float) -> None:
+        """One point of the history."""
+        seconds = sum(self.clock.seconds(*marks) for marks in self.marks)
+        self.history.append({"step": step, "seconds": round(seconds, 3), "knn": round(knn, 4)})
 
 
-def pretrain(
-    task: Task,
-    criterion: Callable[[bool], nn.Module] | None,
-    learning_rate: float,
-    seed: int,
-    settings: Settings,
-    on_step: Callable[[], None] = lambda: None,
-    accelerator: str = "auto",
-    measure: bool = False,
-) -> Outcome:
-    """Train for ``settings.steps`` steps and evaluate. ``criterion=None`` trains the backbone with labels;
-    ``settings.steps=0`` leaves it untrained. ``measure`` adds information and spectra of held-out embeddings.
-
-    ``learning_rate`` is LARS's per 256 samples, or AdamW's, which is not scaled with the batch.
-    """
-    pl.seed_everything(seed, verbose=False)
-    backbone, features = make_backbone(settings.backbone, task.channels, task.image_size)
-    if criterion is None:
-        head: nn.Module = nn.Linear(features, task.num_classes)
-    else:
-        hidden = settings.hidden_dim or settings.projector_dim
-        head = VICRegProjectionHead(features, hidden, settings.projector_dim, settings.head_layers)
-    module = Pretraining(
-        backbone,
-        head,
-        criterion(settings.devices > 1) if criterion else None,
-        learning_rate,
-        settings,
-    )
-    watch = Watch(task, settings, on_step, measure)
-    if settings.steps:
+def pretrain(task: Task, cell: Cell, on_step: Callable[[], None] = lambda: None, accelerator: str = "cpu") -> Outcome:
+    """Train for ``cell.steps`` steps and evaluate; ``on_step`` is called after every step."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    pl.seed_everything(cell.seed, verbose=False)
+    module = Pretraining(task, cell)
+    watch = Watch(task, cell, on_step)
+    if cell.method not in FIXED:
         trainer = pl.Trainer(
-            max_steps=settings.steps,
+            max_steps=cell.steps,
             max_epochs=-1,
             accelerator=accelerator,
-            devices=settings.devices,
-            precision=settings.precision,  # type: ignore[arg-type]
-            sync_batchnorm=settings.devices > 1 and torch.cuda.is_available() and accelerator != "cpu",
+            devices=1,
+            precision=cell.precision,  # type: ignore[arg-type]
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -238,20 +245,19 @@ def pretrain(
             callbacks=[watch],
         )
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=NOISE)
             warnings.filterwarnings("ignore", category=UserWarning, module="pytorch_lightning|lightning")
-            trainer.fit(module, task.pretrain_batches(settings.batch_size, seed))
-    train, test = evaluation.features_of(module.backbone, task)
+            trainer.fit(module, task.pretrain_batches(cell.batch_size, cell.seed))
+    module.to(watch.clock.device)  # Lightning takes it back to the CPU
     outcome = Outcome(watch.history)
+    train, test = evaluation.features_of(module.backbone, task)
     if train[0].isfinite().all() and test[0].isfinite().all():
         outcome.knn = evaluation.knn_accuracy(train, test, task.num_classes)
         outcome.linear = evaluation.linear_accuracy(train, test)
-    last = {"step": settings.steps, "seconds": sum(watch.step_seconds), "knn": outcome.knn}
-    if measure and outcome.knn == outcome.knn:
-        last |= evaluation.information(module.head, test, task) if criterion else {}
-        outcome.measures = evaluation.measures(module.head if criterion else None, train, test, task)
-    outcome.history.append(last)
-    if watch.step_seconds:
-        outcome.step_ms = 1e3 * float(torch.tensor(watch.step_seconds).median())
-    if module.loss_seconds and module.device.type == "cpu":
-        outcome.loss_ms = 1e3 * float(torch.tensor(module.loss_seconds).median())
+        watch.note(len(watch.marks), outcome.knn)
+    if watch.marks:
+        outcome.step_ms = 1e3 * statistics.median(watch.clock.seconds(*marks) for marks in watch.marks)
+    if module.marks:
+        spent = [watch.clock.seconds(a, b) + watch.clock.seconds(c, d) for a, b, c, d in module.marks]
+        outcome.loss_ms = 1e3 * statistics.median(spent)
     return outcome

@@ -18,9 +18,10 @@ Stand-alone::
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ except ImportError as error:
 from torchvision.models import resnet50
 
 from mmi_loss import MMILoss, diagnostics
+from mmi_loss.measures import OF_ONE_VIEW
 
 WARMUP_EPOCHS = 10
 WARMUP_SHARE = 0.1
@@ -182,28 +184,35 @@ def register(methods: MutableMapping[str, Any]) -> None:
 
 
 class MMIDiagnostics(Callback):
-    """Logs what the projections of a training batch hold, every ``every_n_steps`` steps.
+    """Logs what backbone and projector hold, of two views of a batch, in training and in validation.
 
-    It listens to the module's ``projection_head`` in those steps only, so it works with lightly's own methods of two
-    views too; the other steps do not know of it. Logged, from a fixed random slice of at most 64 dimensions, eight
-    samples of this device's batch for each:
+    It listens to the outputs of ``modules`` in the steps it measures and in no others, so it works with any
+    LightningModule that has them, lightly's methods of two views among them. In training, every ``every_n_steps``,
+    ``mmi/...`` is of the projections and ``mmi/backbone/...`` of the features of this device's batch; after validation
+    ``mmi/val/...`` and ``mmi/val/backbone/...`` are of its first ``validation_samples`` images:
 
-    - ``mmi/mutual_information``: I(Z; Z') in nats, bias-corrected; it may be slightly negative. 0 at collapse.
-    - ``mmi/entropy_a``, ``mmi/entropy_b``, ``mmi/conditional_entropy``: of the first view, of the second, and of the
-      first given the second; of the standardised slice seen through the loss's noise floor, in nats.
-    - ``mmi/min_canonical_correlation``: the smallest between the views' slices. NaN at collapse, which has none.
-    - ``mmi/effective_rank``: of the whole projection of the first view, between 0 and min(N - 1, D). 0 at collapse.
+    - ``rank_me``, ``effective_rank``, ``participation_ratio``, ``alpha_req``: of all features of the first view;
+    - ``lidar``: of all features of both views;
+    - ``mutual_information`` in nats, bias-corrected: it may be slightly negative, 0 at collapse;
+      ``content_information``, through the loss's noise floor; ``min_canonical_correlation``; ``entropy_a``,
+      ``entropy_b`` and ``conditional_entropy``, of the first view given the second, through that floor: of a fixed
+      random slice of at most 64 dimensions, eight samples for each.
 
-    No projections end a run. Every measured step logs all six, and what cannot be measured is NaN: of fewer than eight
-    samples, of views of unequal length, of NaN or infinite projections, and where the value is infinite, as the mutual
-    information of equal views is. A step in which the head gave not two (N, D) projections logs nothing; the first
-    such step warns.
+    :mod:`mmi_loss.diagnostics` defines them. A module is called twice in a step, or once with both views under one
+    another; in validation once is one view, of which only the first line is logged, and a projector that is not called
+    is given the backbone's features.
+
+    Nothing ends a run. What cannot be measured is NaN: of fewer than eight samples, of views of unequal length, of NaN
+    or infinite outputs, and where the value is infinite, as the mutual information of equal views is. A step in which a
+    module gave not two (N, D) outputs logs nothing of it; the first such step warns.
 
     Args:
-        every_n_steps: How often. A measurement waits for the device.
+        every_n_steps: How often in training. A measurement waits for the device.
+        validation_samples: Images of a validation, on each device; values are averaged over devices. 0: none.
+        modules: Attributes of the LightningModule; the last is the projector, whose values have the short names.
 
     Raises:
-        ValueError: ``every_n_steps`` is below 1; or, before the run, the module has no ``projection_head``.
+        ValueError: ``every_n_steps`` is below 1; or, before the run, the LightningModule has none of ``modules``.
     """
 
     MEASURES = (
@@ -212,66 +221,108 @@ class MMIDiagnostics(Callback):
         "entropy_b",
         "conditional_entropy",
         "min_canonical_correlation",
-        "effective_rank",
+        *OF_ONE_VIEW,
+        "lidar",
+        "content_information",
     )
 
-    def __init__(self, every_n_steps: int = 100) -> None:
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        validation_samples: int = 1024,
+        modules: Sequence[str] = ("backbone", "projection_head"),
+    ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
-        self.every_n_steps = every_n_steps
+        self.every_n_steps, self.validation_samples, self.modules = every_n_steps, validation_samples, tuple(modules)
         self._criterion = MMILoss(objective="joint", slice_dim=None)
-        self._outputs: list[Tensor] | None = None
-        self._listener: Any = None
+        self._outputs: dict[str, list[Tensor]] = {}
+        self._validation: dict[str, list[list[Tensor]]] = {}
+        self._listeners: list[Any] = []
         self._has_warned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not isinstance(getattr(pl_module, "projection_head", None), nn.Module):
-            raise ValueError(
-                f"MMIDiagnostics listens to projection_head, which {type(pl_module).__name__} does not have"
-            )
+        if not any(isinstance(getattr(pl_module, name, None), nn.Module) for name in self.modules):
+            listened, owner = " or ".join(reversed(self.modules)), type(pl_module).__name__
+            raise ValueError(f"MMIDiagnostics listens to {listened}, which {owner} does not have; modules= names yours")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._stop_listening()  # to an earlier batch that came to no end
-        self._outputs = None
+        self._outputs = {}
         if trainer.global_step % self.every_n_steps == 0:
-            head: nn.Module = pl_module.projection_head  # type: ignore[assignment]
-            self._outputs = []
-            self._listener = head.register_forward_hook(self._listen)
+            self._listen_to(pl_module)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._stop_listening()  # activation checkpointing calls the head again in backward
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._stop_listening()
-        outputs, self._outputs = self._outputs, None
-        if outputs is None:
-            return
-        views = outputs
-        if len(outputs) == 1 and outputs[0].ndim > 0:
-            views = list(outputs[0].tensor_split(2))  # always two, where chunk makes one of a single row
-        if len(views) == 2 and views[0].ndim == views[1].ndim == 2:
-            measured = self.measure(views[0], views[1])
-            pl_module.log_dict(measured, sync_dist=True, batch_size=max(1, len(views[0])))
-        elif not self._has_warned:
-            self._has_warned = True
-            shapes = [tuple(z.shape) for z in outputs]
-            warnings.warn(
-                "MMIDiagnostics logs nothing: it measures (N, D) projections of two views, which projection_head gives "
-                f"in two calls or in the halves of one, and in this step it gave {shapes}",
-                stacklevel=2,
+        for name, outputs in self._outputs.items():
+            views = outputs
+            if len(outputs) == 1 and outputs[0].ndim > 0:
+                views = list(outputs[0].tensor_split(2))  # always two, where chunk makes one of a single row
+            if len(views) == 2 and views[0].ndim == views[1].ndim == 2:
+                measured = self.measure(views[0], views[1], self._prefix(name))
+                pl_module.log_dict(measured, sync_dist=True, batch_size=max(1, len(views[0])))
+            else:
+                self._warn(f"in this step it gave {[tuple(z.shape) for z in outputs]}", name)
+        self._outputs = {}
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_listening()
+        self._validation = {}
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._stop_listening()
+        self._outputs = {}
+        seen = max((sum(len(batch[0]) for batch in batches) for batches in self._validation.values()), default=0)
+        if seen < self.validation_samples and not trainer.sanity_checking:
+            self._listen_to(pl_module)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._stop_listening()
+        for name, outputs in self._outputs.items():
+            if len(outputs) in (1, 2) and all(z.ndim == 2 for z in outputs):
+                self._validation.setdefault(name, []).append(outputs)
+        self._outputs = {}
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        try:
+            self._log_validation(pl_module)
+        except (RuntimeError, ValueError, TypeError) as error:  # a projector that does not take these features
+            self._warn(f"in validation: {error}")
+        self._validation = {}
+
+    def _log_validation(self, pl_module: LightningModule) -> None:
+        views = {}
+        for name, batches in self._validation.items():
+            count = min(map(len, batches))
+            views[name] = [torch.cat([batch[i] for batch in batches])[: self.validation_samples] for i in range(count)]
+        head = getattr(pl_module, self.modules[-1], None)
+        if self.modules[-1] not in views and views and isinstance(head, nn.Module):
+            with torch.no_grad():
+                views[self.modules[-1]] = [head(z) for z in next(iter(views.values()))]
+        for name, of_module in views.items():
+            measured = self.measure(
+                of_module[0], of_module[1] if len(of_module) > 1 else None, self._prefix(name, "mmi/val")
             )
+            pl_module.log_dict(measured, sync_dist=True, batch_size=max(1, len(of_module[0])))
 
     @torch.no_grad()
-    def measure(self, z_a: Tensor, z_b: Tensor) -> dict[str, Tensor]:
-        """The logged values of two (N, D) projections: float32 scalars, NaN for what cannot be measured."""
-        values = dict.fromkeys(self.MEASURES, math.nan)
-        if z_a.ndim == z_b.ndim == 2 and len(z_a) == len(z_b) >= SAMPLES_PER_DIM:
-            with contextlib.suppress(ValueError, torch.linalg.LinAlgError):
-                values["effective_rank"] = float(diagnostics.effective_rank(z_a))
-            with contextlib.suppress(ValueError, torch.linalg.LinAlgError):
-                values |= self._measure_slices(z_a, z_b)
+    def measure(self, z_a: Tensor, z_b: Tensor | None, prefix: str = "mmi") -> dict[str, Tensor]:
+        """The logged values of (N, D) outputs of two views, or of one: float32 scalars, NaN where there is none."""
+        values = dict.fromkeys(self.MEASURES if z_b is not None else OF_ONE_VIEW, math.nan)
+        if z_a.ndim == 2 and len(z_a) >= SAMPLES_PER_DIM and (z_b is None or (z_b.ndim == 2 and len(z_b) == len(z_a))):
+            for name in OF_ONE_VIEW:
+                with contextlib.suppress(ValueError, RuntimeError):  # as torch.linalg.LinAlgError is
+                    values[name] = float(getattr(diagnostics, name)(z_a))
+            if z_b is not None:
+                with contextlib.suppress(ValueError, RuntimeError):
+                    values |= self._measure_slices(z_a, z_b)
+                with contextlib.suppress(ValueError, RuntimeError):
+                    values["lidar"] = float(diagnostics.lidar(z_a, z_b))
         return {
-            f"mmi/{name}": torch.tensor(value if math.isfinite(value) else math.nan, device=z_a.device)
+            f"{prefix}/{name}": torch.tensor(value if math.isfinite(value) else math.nan, device=z_a.device)
             for name, value in values.items()
         }
 
@@ -285,6 +336,7 @@ class MMIDiagnostics(Callback):
             "entropy_b": float(parts.entropy_b),
             "conditional_entropy": float(parts.conditional_entropy),
             "min_canonical_correlation": min(diagnostics.canonical_correlations(y_a, y_b).tolist(), default=math.nan),
+            "content_information": float(diagnostics.content_information(y_a, y_b)),
         }
 
     @staticmethod
@@ -294,11 +346,31 @@ class MMIDiagnostics(Callback):
         directions = torch.randn(z.shape[1], measured_dim, generator=generator, dtype=torch.float64)
         return (z.double().cpu() @ directions).to(torch.promote_types(z.dtype, torch.float32))
 
-    def _listen(self, head: nn.Module, inputs: Any, output: Any) -> None:
-        if self._outputs is not None and isinstance(output, Tensor):
-            self._outputs.append(output.detach())
+    def _prefix(self, name: str, prefix: str = "mmi") -> str:
+        return prefix if name == self.modules[-1] else f"{prefix}/{name}"
+
+    def _warn(self, what: str, name: str = "") -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "MMIDiagnostics logs nothing: it measures (N, D) outputs of two views, which "
+                f"{name or 'a module'} gives in two calls or in the halves of one, and {what}",
+                stacklevel=3,
+            )
+
+    def _listen_to(self, pl_module: LightningModule) -> None:
+        for name in self.modules:
+            module = getattr(pl_module, name, None)
+            if isinstance(module, nn.Module):
+                self._outputs[name] = []
+                self._listeners.append(module.register_forward_hook(functools.partial(self._listen, name)))
+
+    def _listen(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if name in self._outputs and isinstance(output, Tensor):
+            is_pooled = output.ndim > 2 and output[0, 0].numel() == 1  # as (N, D, 1, 1) is
+            self._outputs[name].append(output.detach().flatten(1) if is_pooled else output.detach())
 
     def _stop_listening(self) -> None:
-        if self._listener is not None:
-            self._listener.remove()
-            self._listener = None
+        for listener in self._listeners:
+            listener.remove()
+        self._listeners = []

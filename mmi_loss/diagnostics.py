@@ -1,11 +1,15 @@
 """What a representation holds, measured rather than trained: off the hot path, in float64, without gradient. Features
 count by their numerical rank: one that is constant, or a linear map of others, counts nothing. Samples are finite
-floating point tensors (N, D); others are a TypeError or ValueError.
+floating point tensors (N, D), those of several views in the same order; others are a TypeError or ValueError.
+
+Which of them predict accuracy was measured by ``python -m benchmarks selection``; :class:`mmi_loss.measures.Measures`
+takes them batch by batch and over ranks.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -37,9 +41,86 @@ def effective_rank(z: Tensor) -> Tensor:
         [0.0, 1.0]
     """
     _check(z=z)
-    singular = torch.linalg.svdvals(_centred(z, scaled_over=(0, 1)))
-    spectrum = singular[singular > _resolution(singular, z)].square()
-    return torch.special.entr(spectrum / spectrum.sum()).sum().exp() * bool(len(spectrum))
+    return _effective_rank(_spectrum(_centred(z, scaled_over=(0, 1)), _rounding(z)))
+
+
+def rank_me(z: Tensor, epsilon: float = 1e-7) -> Tensor:
+    """RankMe: exp of the entropy of the singular values of (N, D) embeddings, which are not centred.
+
+    With p_k = s_k / sum(s) + epsilon it is exp(-sum p_k log p_k), between 1 and about min(N, D); embeddings far from
+    the origin have one large s. Source: Garrido et al. 2022, https://arxiv.org/abs/2210.02885, whose ``epsilon`` is the
+    default; stable-pretraining's callback takes 1e-5.
+
+    Example:
+        >>> [f"{rank_me(z).item():.3f}" for z in (torch.eye(4), torch.ones(9, 4))]
+        ['4.000', '1.000']
+    """
+    _check(z=z)
+    return _rank_me(z.detach().double(), epsilon)
+
+
+def participation_ratio(z: Tensor) -> Tensor:
+    """(sum l)^2 / sum l^2 of the covariance's eigenvalues l of (N, D) embeddings: between 0, of a constant, and
+    min(N - 1, D). It counts what varies most, where :func:`effective_rank` also hears what varies little.
+
+    Source: Gao et al. 2017, A theory of multineuronal dimensionality, https://doi.org/10.1101/214262
+
+    Example:
+        >>> f"{participation_ratio(torch.eye(5)).item():.3f}"
+        '4.000'
+    """
+    _check(z=z)
+    return _participation_ratio(_spectrum(_centred(z, scaled_over=(0, 1)), _rounding(z)))
+
+
+def alpha_req(z: Tensor, first: int = 11, last: int = 100) -> Tensor:
+    r"""alpha-ReQ: the exponent :math:`\alpha` by which the covariance's eigenvalues fall, :math:`l_k \sim k^{-\alpha}`.
+
+    A line through log l_k over log k for the ranks k = ``first`` ... ``last``, weighted by 1/k, as the authors' code
+    fits it. NaN with fewer than two such eigenvalues. Near 1 is the paper's claim of a good representation, larger is
+    collapsed, smaller noisy. Source: Agrawal et al. 2022, https://arxiv.org/abs/2202.05808
+
+    Example:
+        >>> f"{alpha_req(torch.diag(torch.arange(1.0, 500).pow(-0.5))).item():.1f}"
+        '1.0'
+    """
+    _check(z=z)
+    return _alpha_req(_spectrum(_centred(z, scaled_over=(0, 1)), _rounding(z)), first, last)
+
+
+def lidar(z_a: Tensor, z_b: Tensor, *more: Tensor, delta: float = 1e-4) -> Tensor:
+    r"""LiDAR: exp of the entropy of the linear discriminants' spectrum, images as classes and their views as samples.
+
+    The eigenvalues are those of :math:`W^{-1/2} B W^{-1/2}` with B the covariance of the images' means and W that of
+    the V >= 2 views (N, D) about them, both unbiased, plus ``delta``. Between 0, at collapse, and min(N - 1, D).
+    Source: Thilak et al. 2023, https://arxiv.org/abs/2312.04000; they use 50 views of 1,000 images.
+
+    Example:
+        >>> z = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+        >>> f"{lidar(z, z + 0.1 * z.roll(1, 0)).item():.1f}"
+        '8.0'
+    """
+    views = _checked(z_a, z_b, *more)
+    return _lidar(*_between_and_within(views), len(z_a), _constant(views), delta)
+
+
+def content_information(z_a: Tensor, z_b: Tensor, *more: Tensor, snr: float = 64.0) -> Tensor:
+    r"""I(Z; content) in nats of V >= 2 views (N, D): what one tells about what all share, :class:`mmi_loss.MMILoss`
+    without its minus and without a slice.
+
+    :math:`\tfrac12 \log\det(C + r) - \tfrac12 \log\det(W + r)` of standardised features, with the loss's noise floor
+    r = D / min(``snr``, N). It is not corrected for chance, which the floor limits: unrelated views of 64 features
+    show 0.4 nats in 256 samples. Source: Chang et al. 2024, https://arxiv.org/abs/2409.04747, Theorem 1; the floor and
+    the content are our reading.
+
+    Example:
+        >>> from mmi_loss import MMILoss
+        >>> z = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
+        >>> bool((content_information(z, z.roll(1, 0)) + MMILoss()(z, z.roll(1, 0))).abs() < 1e-5)
+        True
+    """
+    views = _checked(z_a, z_b, *more)
+    return _content_information(*_between_and_within(views), len(z_a), len(views), _constant(views), snr)
 
 
 def mutual_information(z_a: Tensor, z_b: Tensor, bias_correction: bool = True) -> Tensor:
@@ -61,10 +142,7 @@ def mutual_information(z_a: Tensor, z_b: Tensor, bias_correction: bool = True) -
         '0.68 of 0.67'
     """
     _check(z_a=z_a, z_b=z_b)
-    basis_a, basis_b = _orthonormal_basis(z_a), _orthonormal_basis(z_b)
-    spurious = spurious_information(len(z_a), basis_a.shape[1], basis_b.shape[1])
-    information = 0.5 * (-torch.log1p(-_cosines(basis_a, basis_b).square())).sum()
-    return information - spurious if bias_correction else information
+    return _mutual_information(_orthonormal_basis(z_a), _orthonormal_basis(z_b), len(z_a), bias_correction)
 
 
 def spurious_information(n: int, dim_a: int, dim_b: int) -> float:
@@ -110,17 +188,102 @@ def _centred(z: Tensor, scaled_over: tuple[int, ...]) -> Tensor:
     return z - z.mean(0)
 
 
-def _resolution(singular: Tensor, z: Tensor) -> Tensor:
-    """The singular values that rounding makes: of (N, D) entries, below eps each, and of the decomposition."""
-    stored = torch.finfo(torch.float64 if z.dtype == torch.float64 else torch.float32).eps  # halves count as exact
-    of_entries = stored * (math.sqrt(len(z)) + math.sqrt(z.shape[1]))  # of independent errors (Bai and Yin 1993)
-    return of_entries + singular[0] * max(z.shape) * torch.finfo(singular.dtype).eps
+def _stored(z: Tensor) -> float:
+    return torch.finfo(torch.float64 if z.dtype == torch.float64 else torch.float32).eps  # halves count as exact
+
+
+def _rounding(z: Tensor) -> float:
+    """The singular values that rounding makes of (N, D) entries of at most 1."""
+    return _stored(z) * (math.sqrt(len(z)) + math.sqrt(z.shape[1]))  # of independent errors (Bai and Yin 1993)
+
+
+def _above(singular: Tensor, rows: Tensor, rounding: float) -> Tensor:
+    """Which singular values rounding has not made: that of the entries, and that of the decomposition."""
+    return singular > rounding + singular[:1] * max(rows.shape) * torch.finfo(singular.dtype).eps
 
 
 def _orthonormal_basis(z: Tensor) -> Tensor:
     """An orthonormal basis (N, rank) of the centred features."""
-    left, singular, _ = torch.linalg.svd(_centred(z, scaled_over=(0,)), full_matrices=False)
-    return left[:, singular > _resolution(singular, z)]
+    return _basis(_centred(z, scaled_over=(0,)), _rounding(z))
+
+
+def _basis(rows: Tensor, rounding: float) -> Tensor:
+    left, singular, _ = torch.linalg.svd(rows, full_matrices=False)
+    return left[:, _above(singular, rows, rounding)]
+
+
+def _spectrum(rows: Tensor, rounding: float) -> Tensor:
+    """Eigenvalues of the covariance of centred rows, up to a factor, descending, as many as the numerical rank."""
+    singular = torch.linalg.svdvals(rows)
+    return singular[_above(singular, rows, rounding)].square()
+
+
+def _effective_rank(spectrum: Tensor) -> Tensor:
+    return torch.special.entr(spectrum / spectrum.sum()).sum().exp() * bool(len(spectrum))
+
+
+def _participation_ratio(spectrum: Tensor) -> Tensor:
+    shares = spectrum / spectrum.sum()
+    return shares.sum() / shares.square().sum() if len(spectrum) else spectrum.sum()
+
+
+def _alpha_req(spectrum: Tensor, first: int, last: int) -> Tensor:
+    ranks = torch.arange(first, min(last, len(spectrum)) + 1).to(spectrum)
+    x, y, weights = ranks.log(), spectrum[first - 1 : last].log(), 1 / ranks
+    x = x - (weights * x).sum() / weights.sum()
+    return -(weights * x * y).sum() / (weights * x.square()).sum()  # 0 / 0 where there is no line
+
+
+def _rank_me(rows: Tensor, epsilon: float) -> Tensor:
+    singular = torch.linalg.svdvals(rows / rows.abs().max().clamp(min=torch.finfo(rows.dtype).tiny))
+    return torch.special.entr(singular / singular.sum().clamp(min=1e-300) + epsilon).sum().exp()
+
+
+def _checked(*views: Tensor) -> tuple[Tensor, ...]:
+    _check(**{f"z_{name}": view for name, view in zip("abcdefghijklmnopqrstuvwxyz", views, strict=False)})
+    if len({view.shape[1] for view in views}) > 1:
+        raise ValueError(f"the views must be as wide, one network's, got {[tuple(view.shape) for view in views]}")
+    return views
+
+
+def _constant(views: Sequence[Tensor]) -> Tensor:
+    """The standard deviations (D,) up to which features are constant but for rounding."""
+    return 4 * max(map(_stored, views)) * torch.stack([z.detach().double().abs().amax(0) for z in views]).amax(0)
+
+
+def _between_and_within(views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The images' means (N, D), centred; and rows whose second moment, per image, is the variance about those."""
+    x = torch.stack([view.detach().double() for view in views])
+    x = x - x[:1, :1]  # a mean of equal numbers may be off by a rounding error
+    means = x.mean(0)
+    return means - means.mean(0), ((x - means) / math.sqrt(len(views) - 1)).flatten(0, 1)
+
+
+def _lidar(between: Tensor, within: Tensor, n: int, constant: Tensor, delta: float = 1e-4) -> Tensor:
+    if len(between) + len(within) < between.shape[1]:  # what the rows do not span holds nothing
+        span = torch.linalg.qr(torch.cat([between, within]).mT).Q
+        between, within = between @ span, within @ span
+    factor = torch.linalg.cholesky(within.mT @ within / n + delta * torch.eye(within.shape[1]).to(within))
+    whitened = torch.linalg.solve_triangular(factor, between.mT, upper=False)
+    return _effective_rank(_spectrum(whitened, float(constant.max()) * math.sqrt(n / delta)))
+
+
+def _content_information(
+    between: Tensor, within: Tensor, n: int, views: int, constant: Tensor, snr: float = 64.0
+) -> Tensor:
+    inner = within.mT @ within / n
+    total = between.mT @ between / n + inner * (views - 1) / views
+    deviation = total.diagonal().sqrt()
+    weight = torch.where(deviation > constant, 1 / deviation, 0.0)  # a constant adds nothing to either determinant
+    signal = torch.outer(weight, weight) * (min(snr, n) / len(total))
+    log_dets = [torch.linalg.slogdet(torch.eye(len(m)).to(m) + m * signal).logabsdet for m in (total, inner)]
+    return (log_dets[0] - log_dets[1]) / 2
+
+
+def _mutual_information(basis_a: Tensor, basis_b: Tensor, n: int, bias_correction: bool) -> Tensor:
+    spurious = spurious_information(n, basis_a.shape[1], basis_b.shape[1])
+    information = 0.5 * (-torch.log1p(-_cosines(basis_a, basis_b).square())).sum()
+    return information - spurious if bias_correction else information
 
 
 def _cosines(basis_a: Tensor, basis_b: Tensor) -> Tensor:

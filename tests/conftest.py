@@ -3,6 +3,7 @@
 import os
 
 import hypothesis
+import pytest
 import torch
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -13,6 +14,12 @@ if not torch.cuda.is_available():
 # A few examples of every property; tests/fuzz.py has the long profile.
 hypothesis.settings.register_profile("ci", max_examples=15, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci")
+
+
+@pytest.fixture(autouse=True)
+def subnormal_numbers():
+    """What torch compiled before 2.6 flushes them to zero from its loading on; hypothesis then refuses to draw."""
+    torch.set_flush_denormal(False)
 
 
 def views(n, dim, dtype=torch.float64, seed=0, noise=0.7):

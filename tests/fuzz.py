@@ -25,13 +25,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-import mmi_loss
 from benchmarks import environment
 from tests import test_properties
 
 ROUND = 50
 """Examples of a round: some seconds, and few enough for an interruption to cost little."""
-PACKAGE = sorted(path for path in Path(mmi_loss.__file__).parent.rglob("*.py") if "integrations" not in path.parts)
 
 
 def properties(module: Any = test_properties) -> dict[str, Any]:
@@ -40,10 +38,9 @@ def properties(module: Any = test_properties) -> dict[str, Any]:
 
 
 def sources_digest(test: Any) -> str:
-    """Names the tested code: rounds of another package or of an earlier form of the property do not count."""
-    sources = [path.read_bytes() for path in PACKAGE]
-    sources.append(inspect.getsource(test.hypothesis.inner_test).encode())
-    return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
+    """Names the tested code: rounds of another core or of an earlier form of the property do not count."""
+    source = environment.core_digest() + inspect.getsource(test.hypothesis.inner_test)
+    return hashlib.sha256(source.encode()).hexdigest()[:12]
 
 
 def run_round(test: Any, index: int, size: int, database: Path) -> tuple[int, str]:

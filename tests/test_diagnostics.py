@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import integrate
 
-from benchmarks import generalised_gaussian
 from mmi_loss import diagnostics
-from tests import oracle
+from tests import generalised_gaussian, oracle
 from tests.conftest import views
 
 
@@ -101,7 +101,7 @@ def test_entropy_constant_against_simulation(shape, dim):
     radius = gamma ** (1 / (2 * shape))
     grid = np.linspace(1e-6, radius.max() * 1.5, 400_001)
     surface = 2 * math.pi ** (dim / 2) / math.gamma(dim / 2)
-    normaliser = surface * np.trapezoid(grid ** (dim - 1) * np.exp(-(grid ** (2 * shape)) / 2), grid)
+    normaliser = surface * integrate.trapezoid(grid ** (dim - 1) * np.exp(-(grid ** (2 * shape)) / 2), grid)
     entropy = np.mean(gamma / 2) + math.log(normaliser)
     standardised = entropy - dim / 2 * math.log(np.mean(radius**2) / dim)
     assert generalised_gaussian.generalised_gaussian_entropy(dim, shape) == pytest.approx(standardised, abs=0.02)

@@ -207,7 +207,7 @@ def test_an_added_objective_works_on_every_route(name, logdet, shape, monkeypatc
 
 def test_triton_refuses_an_added_objective_by_name(monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "added", OBJECTIVES["content"])
-    with pytest.raises(ValueError, match=r"impl='triton' cannot compute .*(objective='added'|not installed)"):
+    with pytest.raises(ValueError, match=r"impl='triton' cannot compute .*(objective='added'|Triton 3.4)"):
         mmi_loss(*views(40, 8, torch.float32), objective="added", impl="triton")
 
 

@@ -22,6 +22,7 @@ else:
     import tomli as tomllib  # pytest needs it there
 
 ROOT = Path(__file__).parent.parent
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 CONFIGURATIONS = sorted((ROOT / "integrations").rglob("*.yaml"))
 
 # Runs before anything else in a process of its own: an audit hook cannot be removed.
@@ -181,13 +182,13 @@ def test_core_sends_writes_and_starts_nothing(tmp_path):
 
 
 BENCHMARKS = """
-from benchmarks import gauntlet, speed
+from benchmarks import speed
 out = {out!r}
-gauntlet.main(["--out", out, "--only", "good health", "NaN", "--losses", "default", "VICReg"])
-speed.main(["--shapes", "16x32", "--losses", "mmi", "floor", "--turns", "1", "--out", out + "/speed.csv"])
+speed.main(["--shapes", "16x32", "--losses", "mmi", "floor", "--turns", "1", "--out", out])
 """
 
 
+@pytest.mark.skipif(TORCH < (2, 7), reason="before torch 2.7 its own importing writes temporary files")
 def test_benchmarks_write_only_where_told(tmp_path):
     for package in ("lightly", "matplotlib", "rich"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install mmi-loss[bench]")
@@ -204,7 +205,7 @@ def test_benchmarks_write_only_where_told(tmp_path):
     started = {Path(event[1]).name for event in events if event[0] == "start"}
     assert started <= {"git", "fc-list", "ldconfig", "gcc", "ld", "sh"}
     assert left == set()
-    assert {"gauntlet.csv", "gauntlet.md", "speed.csv"} <= {path.name for path in out.iterdir()}
+    assert {"speed-cpu.csv"} <= {path.name for path in out.iterdir()}
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import math
 import pytest
 import torch
 
-from benchmarks.generalised_gaussian import generalised_gaussian_constant
 from mmi_loss.diagnostics import mutual_information
+from tests.generalised_gaussian import generalised_gaussian_constant
 
 SAMPLES = 20_000
 CORRELATIONS = torch.tensor([0.9, 0.6, 0.3], dtype=torch.float64)

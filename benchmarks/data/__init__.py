@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 Batch = tuple[list[Tensor], Tensor]
 """Two views (N, C, H, W) of each image and the labels (N,), as lightly's loaders give them."""
-
-
-@dataclass(frozen=True)
-class Factors:
-    """Names of the latent factors, and their values (images, factors) in the order of ``train()`` and ``test()``."""
-
-    names: list[str]
-    train: Tensor
-    test: Tensor
 
 
 @dataclass(frozen=True)
@@ -28,7 +21,7 @@ class Task:
 
     ``pretrain_batches(batch_size, seed)`` loads one epoch each time it is iterated. ``train`` and ``test`` iterate
     over (images, labels) batches for the evaluators, ``views_per_image`` views of an image in a row (0: images as they
-    are, no views). ``factors`` holds the ground truth of every evaluated image, where it is known.
+    are, no views).
     """
 
     name: str
@@ -40,12 +33,39 @@ class Task:
     train: Callable[[], Iterable[tuple[Tensor, Tensor]]]
     test: Callable[[], Iterable[tuple[Tensor, Tensor]]]
     views_per_image: int = 0
-    factors: Factors | None = None
+
+
+Constructor = Callable[[Path, Path | None, bool], Task]
+"""Of the folder for drawn views, the folder the data lie in, and whether fewer views will do."""
+
+
+def _embedded(name: str) -> Constructor:
+    """A task that needs no files: ``benchmarks.data.NAME.load``, imported when it is wanted."""
+    return lambda cache, folder, quick: importlib.import_module(f"benchmarks.data.{name}").load(cache, quick=quick)
+
+
+def _from_disk(name: str) -> Constructor:
+    def load(cache: Path, folder: Path | None, quick: bool) -> Task:
+        from benchmarks.data import folders
+
+        if folder is None:
+            raise SystemExit(f"{name} is not embedded: --folder PATH names the folder it lies in")
+        return folders.load(name, folder)
+
+    return load
+
+
+def _noise(cache: Path, folder: Path | None, quick: bool) -> Task:
+    """Random images of ImageNet's size, to time a step on: ``demo --tasks noise --steps 20 --backbone resnet50``."""
+    from benchmarks.data.views import task
+
+    images = torch.randn(512, 2, 3, 224, 224, generator=torch.Generator().manual_seed(0)).half()
+    labels = torch.arange(512) % 2
+    return task("noise", images, labels, images[:64], labels[:64], 1)
 
 
 FOLDERS = {"photographs": "MMI_PHOTOGRAPHS", "glyphs": "MMI_FONTS"}
 """Environment variables of the folders of images or fonts, which worker processes inherit."""
-
 NUM_PHOTOGRAPHS = "MMI_NUM_PHOTOGRAPHS"
 
 
@@ -67,34 +87,38 @@ def variant(name: str) -> str:
     return os.pathsep.join(Path(folder).name for folder in folders)
 
 
-def load(name: str, path: str | None, cache: Path, quick: bool = False) -> Task:
-    """``digits``, ``clutter``, ``latent``, ``glyphs`` (embedded), or ``photographs``, ``cifar10``, ``cifar100``,
-    ``imagefolder`` from ``path``; for photographs and glyphs :data:`FOLDERS` may name it.
-    """
-    if name == "digits":
-        from benchmarks.data import digits
+def _folders(name: str, folder: Path | None) -> list[Path]:
+    named = str(folder or os.environ.get(FOLDERS[name], ""))
+    return [Path(part) for part in named.split(os.pathsep) if part]
 
-        return digits.load(cache, num_views=8 if quick else digits.NUM_VIEWS)
-    if name == "clutter":
-        from benchmarks.data import clutter
 
-        return clutter.load(cache, num_views=8 if quick else clutter.NUM_VIEWS)
-    if name == "latent":
-        from benchmarks.data import latent
+def _photographs(cache: Path, folder: Path | None, quick: bool) -> Task:
+    from benchmarks.data import photographs
 
-        return latent.load(cache)
-    given = [Path(part) for part in (path or os.environ.get(FOLDERS.get(name, ""), "")).split(os.pathsep) if part]
-    if name == "photographs":
-        from benchmarks.data import photographs
+    folders = _folders("photographs", folder)
+    num_train = int(os.environ.get(NUM_PHOTOGRAPHS) or photographs.NUM_TRAIN)
+    return photographs.load(folders[0] if folders else None, num_train)
 
-        num_train = int(os.environ.get(NUM_PHOTOGRAPHS, photographs.NUM_TRAIN))
-        return photographs.load(given[0] if given else None, num_train)
-    if name == "glyphs":
-        from benchmarks.data import glyphs
 
-        return glyphs.load(given)
-    from benchmarks.data import folders
+def _glyphs(cache: Path, folder: Path | None, quick: bool) -> Task:
+    from benchmarks.data import glyphs
 
-    if path is None:
-        raise SystemExit(f"--data {name} needs the folder it lies in: --data {name} PATH")
-    return folders.load(name, Path(path))
+    return glyphs.load(_folders("glyphs", folder))
+
+
+TASKS: dict[str, Constructor] = {
+    "digits": _embedded("digits"),
+    "clutter": _embedded("clutter"),
+    "latent": _embedded("latent"),
+    "photographs": _photographs,
+    "glyphs": _glyphs,
+    "noise": _noise,
+    "cifar10": _from_disk("cifar10"),
+    "cifar100": _from_disk("cifar100"),
+    "imagefolder": _from_disk("imagefolder"),
+}
+
+
+def load(name: str, cache: Path, folder: Path | None = None, quick: bool = False) -> Task:
+    """The task of that name, its drawn views from or for ``cache``."""
+    return TASKS[name](cache, folder, quick)

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from benchmarks.data import Task
 from benchmarks.data.digits import split
-from benchmarks.data.views import PairsOfViews, cached, evaluation_batches
+from benchmarks.data.views import cached, task
 
 SIZE = 32
 NUM_VIEWS = 24
+QUICK_VIEWS = 8
 NUM_EVALUATION_VIEWS = 2
 MAX_ROTATION = math.radians(20)
 
@@ -70,20 +71,11 @@ def _draw(images: np.ndarray, num_views: int, seed: int) -> Tensor:
     return torch.stack([scenes(digits, generator).half() for _ in range(num_views)], dim=1)
 
 
-def load(cache: Path, num_views: int = NUM_VIEWS) -> Task:
+def load(cache: Path, quick: bool = False) -> Task:
     """The digits' split of training and test images, each seen in scenes of its own."""
+    num_views = QUICK_VIEWS if quick else NUM_VIEWS
     train_images, test_images, *labels = split()
     train_views = cached(cache / f"clutter-train-{num_views}.pt", lambda: _draw(train_images, num_views, 0))
     test_views = cached(cache / "clutter-test.pt", lambda: _draw(test_images, NUM_EVALUATION_VIEWS, 1))
     train_labels, test_labels = map(torch.from_numpy, labels)
-    return Task(
-        name="clutter",
-        num_classes=10,
-        channels=3,
-        image_size=SIZE,
-        num_images=len(train_views),
-        pretrain_batches=lambda batch_size, seed: PairsOfViews(train_views, train_labels, batch_size, seed),
-        train=lambda: evaluation_batches(train_views, train_labels, NUM_EVALUATION_VIEWS),
-        test=lambda: evaluation_batches(test_views, test_labels, NUM_EVALUATION_VIEWS),
-        views_per_image=NUM_EVALUATION_VIEWS,
-    )
+    return task("clutter", train_views, train_labels, test_views, test_labels, NUM_EVALUATION_VIEWS)

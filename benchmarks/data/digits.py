@@ -22,10 +22,11 @@ from torchvision import transforms as T
 from torchvision.transforms import v2
 
 from benchmarks.data import Task
-from benchmarks.data.views import PairsOfViews, cached, evaluation_batches
+from benchmarks.data.views import cached, task
 
 SIZE = 16
 NUM_VIEWS = 32
+QUICK_VIEWS = 8
 NUM_EVALUATION_VIEWS = 4
 
 VIEW = T.Compose(
@@ -70,21 +71,11 @@ def split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return parts[0], parts[1], parts[2], parts[3]
 
 
-def load(cache: Path, num_views: int = NUM_VIEWS) -> Task:
+def load(cache: Path, quick: bool = False) -> Task:
     """Two thirds of the digits for training, one third for testing."""
-    train_images, test_images, train_labels, test_labels = split()
+    num_views = QUICK_VIEWS if quick else NUM_VIEWS
+    train_images, test_images, *labels = split()
     train_views = _draw_views(train_images, num_views, cache / f"digits-train-{num_views}.pt")
     test_views = _draw_views(test_images, NUM_EVALUATION_VIEWS, cache / "digits-test.pt")
-    train_labels, test_labels = torch.from_numpy(train_labels), torch.from_numpy(test_labels)
-
-    return Task(
-        name="digits",
-        num_classes=10,
-        channels=1,
-        image_size=SIZE,
-        num_images=len(train_views),
-        pretrain_batches=lambda batch_size, seed: PairsOfViews(train_views, train_labels, batch_size, seed),
-        train=lambda: evaluation_batches(train_views, train_labels, NUM_EVALUATION_VIEWS),
-        test=lambda: evaluation_batches(test_views, test_labels, NUM_EVALUATION_VIEWS),
-        views_per_image=NUM_EVALUATION_VIEWS,
-    )
+    train_labels, test_labels = map(torch.from_numpy, labels)
+    return task("digits", train_views, train_labels, test_views, test_labels, NUM_EVALUATION_VIEWS)

@@ -18,7 +18,6 @@ from benchmarks.data import Batch, Task
 IMAGENET_SIZE = 224
 CIFAR_SIZE = 32
 NUM_WORKERS = 2
-PERSISTENT = True
 
 
 def load(name: str, path: Path) -> Task:
@@ -38,7 +37,7 @@ def load(name: str, path: Path) -> Task:
             shuffle=True,
             drop_last=True,
             num_workers=NUM_WORKERS,
-            persistent_workers=PERSISTENT,
+            persistent_workers=NUM_WORKERS > 0,
             generator=torch.Generator().manual_seed(seed),
         )
 
@@ -66,4 +65,4 @@ def dataset(name: str, path: Path, is_train: bool, transform: Any) -> Any:
         kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
         return kind(str(path), train=is_train, transform=transform)
     except (FileNotFoundError, RuntimeError) as error:
-        raise SystemExit(f"--data {name} {path}: {error}") from None
+        raise SystemExit(f"{name} in {path}: {error}") from None

@@ -29,7 +29,7 @@ QUERY_EVERY = 5  # families mostly have four styles: the query gets a different 
 AUGMENTATION = Augmentation(area=(0.8, 1.0), slant=0.3, jitter=0.4)
 REMEDY = """{} fonts of {} give {} designs that share {} characters; glyphs needs {} that share {}. On Debian get more:
     apt-get download fonts-freefont-ttf fonts-noto-core fonts-sil-gentiumplus && for f in *.deb; do dpkg -x $f DIR; done
-and name the folder: compare --fonts DIR, or demo --data glyphs DIR."""
+and name the folder: compare or demo --fonts DIR."""
 
 
 def shipped() -> list[Path]:

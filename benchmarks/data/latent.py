@@ -2,8 +2,7 @@
 nuisance, which every view draws anew, seen through a fixed random two-layer map as 64 numbers.
 
 Content is one of 16 cluster centres (the labels) plus variation within the cluster; its factors fade from strong
-(c1) to weak (c8), so that one can ask not only whether a representation is good but which factors it keeps. Nothing
-here is an image; everything about it is known.
+(c1) to weak (c8). Nothing here is an image; everything about it is known.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.data import Factors, Task
-from benchmarks.data.views import PairsOfViews, cached, evaluation_batches
+from benchmarks.data import Task
+from benchmarks.data.views import cached, task
 
 NUM_TRAIN, NUM_TEST = 2048, 1024
 NUM_VIEWS = 24
@@ -25,7 +24,6 @@ CONTENT_DIM, NUISANCE_DIM, HIDDEN_DIM, OBSERVED_DIM = 8, 24, 128, 64
 CONTENT_SCALES = torch.linspace(1.5, 0.4, CONTENT_DIM)
 WITHIN_CLUSTER = 0.5
 OBSERVATION_NOISE = 0.05
-NAMES = [f"c{i + 1}" for i in range(CONTENT_DIM)] + [f"n{i + 1}" for i in range(NUISANCE_DIM)]
 
 
 class Sample(NamedTuple):
@@ -54,24 +52,9 @@ def draw(num_images: int, num_views: int, seed: int) -> Sample:
     return Sample(views, labels, factors)
 
 
-def load(cache: Path) -> Task:
+def load(cache: Path, quick: bool = False) -> Task:
     """A training and a test sample; labels are clusters."""
     train, test = draw(NUM_TRAIN, NUM_VIEWS, seed=0), draw(NUM_TEST, NUM_EVALUATION_VIEWS, seed=1)
     train_views = cached(cache / "latent-train.pt", lambda: train.views.half())
     test_views = cached(cache / "latent-test.pt", lambda: test.views.half())
-
-    def evaluated(sample: Sample) -> Tensor:
-        return sample.factors[:, :NUM_EVALUATION_VIEWS].flatten(0, 1)
-
-    return Task(
-        name="latent",
-        num_classes=NUM_CLUSTERS,
-        channels=OBSERVED_DIM,
-        image_size=1,
-        num_images=NUM_TRAIN,
-        pretrain_batches=lambda batch_size, seed: PairsOfViews(train_views, train.labels, batch_size, seed),
-        train=lambda: evaluation_batches(train_views, train.labels, NUM_EVALUATION_VIEWS),
-        test=lambda: evaluation_batches(test_views, test.labels, NUM_EVALUATION_VIEWS),
-        views_per_image=NUM_EVALUATION_VIEWS,
-        factors=Factors(NAMES, evaluated(train), evaluated(test)),
-    )
+    return task("latent", train_views, train.labels, test_views, test.labels, NUM_EVALUATION_VIEWS)

@@ -27,7 +27,7 @@ REMEDY = """{path} holds no Fashion-MNIST ({missing}). On Debian and Ubuntu it c
     apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb DIR
 and elsewhere by
     python -c "from torchvision.datasets import FashionMNIST; FashionMNIST('DIR', download=True)"
-Then name the folder DIR: compare --photographs DIR, or demo --data photographs DIR."""
+Then name the folder DIR: compare or demo --photographs DIR."""
 
 
 def read(path: Path) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Batch = tuple[list[Tensor], Tensor]
+from benchmarks.data import Batch, Task
+
 EVALUATION_BATCH = 512
 
 
@@ -35,6 +36,21 @@ def evaluation_batches(views: Tensor, labels: Tensor, per_image: int) -> Iterato
     repeated = labels.repeat_interleave(per_image)
     for part in torch.arange(len(images)).split(EVALUATION_BATCH):
         yield images[part].float(), repeated[part]
+
+
+def task(name: str, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, per_image: int) -> Task:
+    """A task of drawn views (images, views, ...), of which the first ``per_image`` are evaluated."""
+    return Task(
+        name=name,
+        num_classes=int(train_labels.max()) + 1,
+        channels=train.shape[2],
+        image_size=train.shape[-1] if train.ndim == 5 else 1,
+        num_images=len(train),
+        pretrain_batches=lambda batch_size, seed: PairsOfViews(train, train_labels, batch_size, seed),
+        train=lambda: evaluation_batches(train, train_labels, per_image),
+        test=lambda: evaluation_batches(test, test_labels, per_image),
+        views_per_image=per_image,
+    )
 
 
 class PairsOfViews(Iterable[Batch]):

@@ -1,11 +1,6 @@
 """The benchmark commands, small: they run, resume, and write what they promise."""
 
-import csv
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,60 +9,54 @@ pytest.importorskip("lightly", reason="lightly is not installed: pip install mmi
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install mmi-loss[bench]")
 
 from benchmarks import __main__ as command_line
-from benchmarks import demo, distributed, environment, speed, training
-from mmi_loss.distributed import HEAD
-
-ROOT = Path(__file__).parents[2]
+from benchmarks import demo, environment, grid, speed, timing, training
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """One folder for all demos: the digits' views are drawn once."""
-    return tmp_path_factory.mktemp("demo")
+def folder(tmp_path_factory):
+    """One working folder for all demos: the digits' views are drawn once."""
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
 
 
-SMALL = ["--quick", "--steps", "3", "--projector-dim", "32", "--batch-size", "64"]
+SMALL = ["--quick", "--steps", "3", "--dim", "32", "--batch-size", "64", "--backbone", "tiny"]
 
 
-def rows_of(folder):
-    (path,) = folder.glob("digits-*.csv")
-    with path.open(newline="") as file:
-        return path, list(csv.DictReader(file))
-
-
-def test_demo_runs_and_resumes(cache, capsys):
+def test_demo_runs_and_resumes(folder, capsys):
     methods = ["untrained", "mmi", "barlow_twins", "vicreg", "supervised"]
-    arguments = [*SMALL, "--out", str(cache), "--methods", *methods]
+    arguments = [*SMALL, "--methods", *methods]
     demo.main(arguments)
-    path, rows = rows_of(cache)
+    path = folder / "runs" / "demo" / "quick.csv"
+    rows = environment.read(path)
     assert [row["method"] for row in rows] == methods
     assert all(0 <= float(row["knn"]) <= 1 and 0 <= float(row["linear"]) <= 1 for row in rows)
-    assert {row["steps"] for row in rows} == {"3"}
+    assert {(row["steps"], row["core"], row["own"]) for row in rows} == {("3", environment.core_digest(), "True")}
     by_method = {row["method"]: row for row in rows}
     assert 0 < float(by_method["mmi"]["loss_ms"]) < float(by_method["mmi"]["step_ms"])
-    assert json.loads(by_method["mmi"]["history"])[-1]["step"] == 3
-    assert path.with_suffix(".png").stat().st_size > 1000
+    points = grid.history(by_method["mmi"])
+    assert points[-1]["step"] == 3
+    assert points[-1]["knn"] == float(by_method["mmi"]["knn"])
+    assert path.with_name("quick-digits.png").stat().st_size > 1000
     shown = capsys.readouterr().out
-    assert "Barlow Twins" in shown
+    assert "| Barlow Twins" in shown
     assert "picture:" in shown
     # A run interrupted before its last row goes on with that row alone.
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))
     demo.main(arguments)
-    _, resumed = rows_of(cache)
+    resumed = environment.read(path)
     assert [row["method"] for row in resumed] == methods
     assert resumed[:-1] == rows[:-1]
+    # The same seed gives the same result.
+    assert (resumed[-1]["knn"], resumed[-1]["linear"]) == (rows[-1]["knn"], rows[-1]["linear"])
 
 
-def test_same_seed_same_result(cache):
-    from benchmarks import data
-    from mmi_loss import MMILoss
-
-    task = data.load("digits", None, cache / "cache", quick=True)
-    settings = training.Settings(steps=3, batch_size=64, projector_dim=32, evaluations=1)
-    runs = [training.pretrain(task, lambda _: MMILoss(), 1.0, 5, settings) for _ in range(2)]
-    assert runs[0].knn == runs[1].knn
-    assert runs[0].linear == runs[1].linear
+@pytest.mark.usefixtures("folder")
+def test_demo_says_which_rates_are_not_known():
+    with pytest.raises(SystemExit, match=r"no stored rate of visreg for sgd.*python -m benchmarks rates"):
+        demo.main(["--quick", "--optimizer", "sgd", "--methods", "visreg"])
 
 
 @pytest.mark.parametrize(("name", "features"), [("conv", 192), ("resnet18", 512), ("resnet50", 2048)])
@@ -79,37 +68,29 @@ def test_backbones(name, features):
         assert training.make_backbone(name, 3, 224)[0](torch.randn(2, 3, 64, 64)).shape == (2, features)
 
 
-def test_two_devices(tmp_path):
-    """Lightning starts the command once per rank; both may draw the views, only the first writes results."""
-    arguments = [*SMALL, "--devices", "2", "--accelerator", "cpu", "--methods", "mmi", "vicreg", "--out", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks", "demo", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [row["method"] for row in rows_of(tmp_path)[1]] == ["mmi", "vicreg"]
-
-
-def test_speed(tmp_path, capsys):
-    out = tmp_path / "speed.csv"
-    losses = ["mmi", "mmi_all", "barlow_twins", "vicreg", "frossl", "mmcr", "wmse", "lejepa", "visreg", "simclr"]
-    losses += ["mec", "corinfomax", "mmi_naive", "floor", "floor_gram", "floor_covariance"]
-    speed.main(["--shapes", "256x128", "32x16", "8x64", "--losses", *losses, "--turns", "2", "--out", str(out)])
-    with out.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    measured = {(row["loss"], row["n"], row["d"]) for row in rows}
-    assert ("wmse", "32", "16") in measured
-    assert ("wmse", "8", "64") not in measured
-    assert ("floor_gram", "8", "64") in measured
-    assert ("floor_covariance", "32", "16") in measured
+def test_speed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("benchmarks.timing.EVICTION_BYTES", 1024)
+    path = tmp_path / "speed-cpu.csv"
+    names = ["mmi", "mmi_all", "barlow_twins", "mmcr", "lejepa", "visreg", "slice_dim=4", "floor", "floor_reused"]
+    speed.main(["--shapes", "32x16", "8x64", "--losses", *names, "--turns", "2", "--out", str(tmp_path)])
+    rows = environment.read(path)
+    assert [(row["loss"], row["n"], row["d"]) for row in rows] == [
+        (name, n, d) for n, d in (("32", "16"), ("8", "64")) for name in names
+    ]
     assert all(float(row["q1_ms"]) <= float(row["median_ms"]) <= float(row["q3_ms"]) for row in rows)
-    assert all(row["torch"] and row["device"] and row["date"] for row in rows)
-    assert {path.name for path in tmp_path.glob("*.png")} == {"speed-time.png", "speed-memory.png"}
-    assert "barlow_twins" in capsys.readouterr().out
-    # Measuring one shape again leaves the others as they are.
-    speed.main(["--shapes", "8x64", "--losses", "mmi", "--turns", "1", "--out", str(out)])
-    again = environment.read(out)
-    assert [row for row in again if row["n"] != "8"] == [row for row in rows if row["n"] != "8"]
-    assert {row["loss"] for row in again if row["n"] == "8"} == {"mmi"}
+    assert all(row["core"] and row["torch"] and row["device"] and row["date"] for row in rows)
+    assert "Barlow Twins" in capsys.readouterr().out
+    # Measuring one shape again leaves the others as they are; solo-learn's losses come from its own files.
+    solo_learn_in(tmp_path)
+    again = ["--shapes", "8x64", "--losses", "mmi", "--turns", "1", "--out", str(tmp_path)]
+    speed.main([*again, "--solo-learn", str(tmp_path)])
+    found = environment.read(path)
+    assert [row for row in found if row["n"] != "8"] == [row for row in rows if row["n"] != "8"]
+    assert [row["loss"] for row in found if row["n"] == "8"] == ["mmi", "solo-learn barlow", "solo-learn vicreg"]
+    assert not speed.fits("barlow_twins", 64, 32768)
+    assert not speed.fits("solo-learn vicreg", 64, 32768)
+    assert not speed.fits("mmi_all", 4096, 8192)
+    assert speed.fits("mmi", 4096, 8192)
 
 
 def test_peak_memory_counts_temporaries_not_gradients():
@@ -119,7 +100,7 @@ def test_peak_memory_counts_temporaries_not_gradients():
         (leaves[0] * leaves[1]).sum().backward()
 
     # The product, its expanded gradient, and at most two products with it before they become gradients.
-    peak = speed._peak_bytes(step, leaves) / leaves[0].nbytes
+    peak = timing.peak_extra_bytes(step, leaves) / leaves[0].nbytes
     assert 0.9 < peak < 2.1
 
 
@@ -134,47 +115,15 @@ def solo_learn_in(folder):
     (folder / "solo" / "utils" / "misc.py").write_text("import no_such_package\ndef gather(x):\n    return x\n")
 
 
-def test_speed_of_solo_learns_losses(tmp_path):
-    solo_learn_in(tmp_path)
-    out = tmp_path / "speed.csv"
-    losses = ["mmi", "solo_barlow", "solo_vicreg"]
-    arguments = ["--shapes", "8x4", "--turns", "1", "--losses", *losses, "--out", str(out)]
-    speed.main([*arguments, "--solo-learn", str(tmp_path)])
-    assert [row["loss"] for row in environment.read(out)[::2]] == losses
-    speed.main(arguments)  # without a clone, without them
-    assert {row["loss"] for row in environment.read(out)} == {"mmi"}
-
-
-def test_distributed(tmp_path, capsys):
-    """A loss that takes the processes with it is a row, not the end; solo-learn's losses come from its own files."""
-    solo_learn_in(tmp_path)
-    arguments = ["--worlds", "2", "--batches", "12", "--traffic-dim", "160", "--out", str(tmp_path / "rows.csv")]
-    arguments += ["--losses", "content, kronecker", "default", "barlow", "lightly vicreg"]
-    distributed.main([*arguments, "--solo-learn", str(tmp_path)])
-    rows = environment.read(tmp_path / "rows.csv")
-    by_cell = {(row["loss"], row["split"], row["dim"]): row for row in rows}
-    for split in ("equal", "unequal"):
-        assert float(by_cell["content, kronecker", split, "128"]["gradient_error"]) < 1e-12
-        assert float(by_cell["solo-learn barlow", split, "128"]["gradient_error"]) > 0.01
-    assert by_cell["lightly vicreg", "unequal", "128"]["failure"]
-    # A head of fixed size, in which two views' sums find room; two 128 x 128 moments; their gradient: each goes round
-    # the ring, (W - 1) / W twice.
-    assert by_cell["default", "equal", "160"]["calls"] == "3"
-    assert int(by_cell["default", "equal", "160"]["ring_bytes"]) == HEAD + 4 * 2 * 2 * 128**2
-    assert int(by_cell["lightly barlow_twins", "equal", "160"]["ring_bytes"]) == 4 * 2 * 160**2
-    shown = capsys.readouterr().out
-    assert "fails: lightly vicreg" in shown
-    distributed.main(arguments)  # nothing is left to do
-    assert environment.read(tmp_path / "rows.csv") == rows
-    with pytest.raises(FileNotFoundError, match=r"barlow\.py is not there: --solo-learn takes a clone"):
-        distributed.solo_learn(tmp_path / "nowhere")
-
-
 def test_command_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks"])
     assert command_line.main() == 0
     assert "demo" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["benchmarks", "nonsense"])
     assert command_line.main() == 2
-    with pytest.raises(SystemExit, match="expected NxD"):
+    with pytest.raises(SystemExit):
         speed.main(["--shapes", "12"])
+    assert "12: expected NxD" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        demo.main(["--methods", "vicregg"])
+    assert "'vicregg' is neither options of MMILoss" in capsys.readouterr().err

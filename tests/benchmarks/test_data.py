@@ -3,6 +3,7 @@
 import gzip
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ pytest.importorskip("lightly", reason="lightly is not installed: pip install mmi
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install mmi-loss[bench]")
 
 from PIL import Image
+from sklearn.linear_model import LinearRegression
 
 from benchmarks import data
-from benchmarks.data import digits, glyphs, images, photographs, views
+from benchmarks.data import clutter, digits, glyphs, images, latent, photographs, views
 
 
 def write_cifar(root, name):
@@ -52,8 +54,7 @@ def test_cifar(name, classes, images, tmp_path, monkeypatch):
     # The checksums are those of the real files.
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_, **__: True)
     monkeypatch.setattr("benchmarks.data.folders.NUM_WORKERS", 0)
-    monkeypatch.setattr("benchmarks.data.folders.PERSISTENT", False)
-    task = data.load(name, str(tmp_path), tmp_path)
+    task = data.load(name, tmp_path, tmp_path)
     assert (task.num_classes, task.num_images, task.image_size) == (classes, images, 32)
     (view_a, view_b), labels = next(iter(task.pretrain_batches(4, seed=0)))[:2]
     assert view_a.shape == view_b.shape == (4, 3, 32, 32)
@@ -66,24 +67,24 @@ def test_cifar(name, classes, images, tmp_path, monkeypatch):
 def test_image_folder(tmp_path, monkeypatch):
     write_folders(tmp_path)
     monkeypatch.setattr("benchmarks.data.folders.NUM_WORKERS", 0)
-    monkeypatch.setattr("benchmarks.data.folders.PERSISTENT", False)
-    task = data.load("imagefolder", str(tmp_path), tmp_path)
+    task = data.load("imagefolder", tmp_path, tmp_path)
     assert (task.num_classes, task.num_images) == (3, 6)
     (view_a, _), _ = next(iter(task.pretrain_batches(2, seed=0)))[:2]
     assert view_a.shape == (2, 3, 224, 224)
 
 
 def test_missing_data_is_said(tmp_path):
-    with pytest.raises(SystemExit, match="needs the folder"):
-        data.load("cifar10", None, tmp_path)
+    with pytest.raises(SystemExit, match="--folder PATH names the folder"):
+        data.load("cifar10", tmp_path)
     with pytest.raises(SystemExit, match="cifar10"):
-        data.load("cifar10", str(tmp_path), tmp_path)
+        data.load("cifar10", tmp_path, tmp_path)
     with pytest.raises(SystemExit, match="no folder train"):
-        data.load("imagefolder", str(tmp_path), tmp_path)
+        data.load("imagefolder", tmp_path, tmp_path)
 
 
-def test_digits(tmp_path):
-    task = digits.load(tmp_path, num_views=4)
+def test_digits(tmp_path, monkeypatch):
+    monkeypatch.setattr(digits, "NUM_VIEWS", 4)
+    task = digits.load(tmp_path)
     assert (task.num_classes, task.num_images, task.channels) == (10, 1198, 1)
     batches = list(task.pretrain_batches(256, seed=0))
     assert len(batches) == 4
@@ -95,7 +96,7 @@ def test_digits(tmp_path):
     assert not torch.equal(other[0][0], view_a)
     # The cache holds what was drawn, and a half-written one is never taken for whole.
     assert {path.name for path in tmp_path.iterdir()} == {"digits-train-4.pt", "digits-test.pt"}
-    assert torch.equal(next(iter(digits.load(tmp_path, num_views=4).pretrain_batches(256, 0)))[0][0], view_a)
+    assert torch.equal(next(iter(digits.load(tmp_path).pretrain_batches(256, 0)))[0][0], view_a)
     images, _ = zip(*task.test(), strict=True)
     assert torch.cat(images).shape == (599 * 4, 1, 16, 16)
     with pytest.raises(SystemExit, match="exceeds the 1198 training images"):
@@ -135,7 +136,7 @@ def write_photographs(folder, compressed):
 @pytest.mark.parametrize("compressed", [True, False])
 def test_photographs_in_every_layout(folder, compressed, tmp_path):
     write_photographs(tmp_path / "data" / folder, compressed)
-    task = data.load("photographs", str(tmp_path / "data"), tmp_path)
+    task = data.load("photographs", tmp_path, tmp_path / "data")
     assert (task.num_classes, task.num_images, task.channels, task.image_size) == (10, 20, 1, 28)
     (view_a, view_b), labels = next(iter(task.pretrain_batches(8, seed=0)))
     assert view_a.shape == view_b.shape == (8, 1, 28, 28)
@@ -158,25 +159,25 @@ def test_photographs_are_balanced_and_as_many_as_asked(tmp_path, monkeypatch):
     monkeypatch.setenv("MMI_PHOTOGRAPHS", "")
     monkeypatch.setenv("MMI_NUM_PHOTOGRAPHS", "")
     data.configure(str(tmp_path / "data"), 10, None)
-    assert data.load("photographs", None, tmp_path).num_images == 10
+    assert data.load("photographs", tmp_path).num_images == 10
     assert data.variant("photographs") == "10"
 
 
 def test_missing_photographs_say_how_to_get_them(tmp_path):
     with pytest.raises(SystemExit, match=r"no train-images-idx3-ubyte.gz(.|\n)*apt-get download dataset-fashion-mnist"):
-        data.load("photographs", str(tmp_path), tmp_path)
+        data.load("photographs", tmp_path, tmp_path)
     write_photographs(tmp_path / "data", compressed=False)
     broken = tmp_path / "data" / "t10k-images-idx3-ubyte"
     broken.write_bytes(broken.read_bytes()[:100])
     with pytest.raises(SystemExit, match="t10k-images-idx3-ubyte is damaged: 100 bytes"):
-        data.load("photographs", str(tmp_path / "data"), tmp_path)
+        data.load("photographs", tmp_path, tmp_path / "data")
 
 
 @pytest.fixture(scope="module")
 def fonts():
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MMI_FONTS", raising=False)
-        yield data.load("glyphs", None, None)
+        yield data.load("glyphs", Path())
 
 
 def test_glyphs_query_designs_that_training_has_not(fonts):
@@ -186,7 +187,7 @@ def test_glyphs_query_designs_that_training_has_not(fonts):
     assert asked.bincount().tolist() == [4] * fonts.num_classes
     learnt = {image.numpy().tobytes() for image in bank}
     assert not any(image.numpy().tobytes() in learnt for image in query)
-    again = data.load("glyphs", None, None)
+    again = data.load("glyphs", Path())
     assert torch.equal(next(iter(again.test()))[0], query[: views.EVALUATION_BATCH])
 
 
@@ -207,12 +208,12 @@ def test_fonts_of_folders(fonts, tmp_path, monkeypatch):
         for path in (shipped[:10], shipped[9:])[number]:
             (tmp_path / folder / path.name).symlink_to(path)
     folders = [str(tmp_path / folder) for folder in ("a", "b")]
-    task = data.load("glyphs", os.pathsep.join(folders), tmp_path)
+    task = data.load("glyphs", tmp_path, Path(os.pathsep.join(folders)))
     assert (task.num_classes, task.num_images) == (fonts.num_classes, fonts.num_images)
     with pytest.raises(SystemExit, match=r"10 fonts of .*a give 9 designs(.|\n)*apt-get download fonts-"):
-        data.load("glyphs", folders[0], tmp_path)
+        data.load("glyphs", tmp_path, Path(folders[0]))
     with pytest.raises(SystemExit, match="0 fonts of"):
-        data.load("glyphs", str(tmp_path / "nowhere"), tmp_path)
+        data.load("glyphs", tmp_path, tmp_path / "nowhere")
     monkeypatch.setenv("MMI_FONTS", "")
     data.configure(None, None, folders)
     assert data.variant("glyphs") == os.pathsep.join(("a", "b"))
@@ -238,3 +239,42 @@ def test_augmentation_draws_for_every_image():
     assert jittered.mean((1, 2, 3)).std() > 0.05
     crops = augment(area=(0.5, 0.5))
     assert len(crops.flatten(1).mean(1).unique()) == 64
+
+
+def test_clutter_shares_the_digit_and_nothing_else():
+    digits = torch.zeros(2, 8, 8)
+    digits[:, 2:6, 2:6] = 1
+    first, second = (clutter.scenes(digits, torch.Generator().manual_seed(s)) for s in (0, 1))
+    assert first.shape == (2, 3, 32, 32)
+    assert first.isfinite().all()
+    assert not torch.allclose(first, second)
+    assert torch.equal(first, clutter.scenes(digits, torch.Generator().manual_seed(0)))
+    # The same scene with and without its digit differs where the digit is, and it is somewhere.
+    empty = clutter.scenes(torch.zeros_like(digits), torch.Generator().manual_seed(0))
+    changed = (first - empty).abs().amax(1) > 0.3
+    assert (changed.float().mean((1, 2)) > 0.05).all()
+    assert (changed.float().mean((1, 2)) < 0.6).all()
+
+
+def test_clutter_task(tmp_path):
+    task = data.load("clutter", tmp_path, quick=True)
+    (view_a, view_b), labels = next(iter(task.pretrain_batches(16, seed=0)))
+    assert view_a.shape == view_b.shape == (16, 3, 32, 32)
+    assert labels.shape == (16,)
+    assert sum(len(images) for images, _ in task.test()) == 599 * task.views_per_image
+
+
+def test_latent_views_share_content_alone(tmp_path):
+    sample = latent.draw(500, 3, seed=5)
+    content, nuisance = sample.factors.split([latent.CONTENT_DIM, latent.NUISANCE_DIM], dim=2)
+    assert torch.equal(content[:, 0], content[:, 1])
+    assert abs(np.corrcoef(nuisance[:, 0].flatten(), nuisance[:, 1].flatten())[0, 1]) < 0.03
+    # The world is the same for every seed: a map learnt on one sample holds on another.
+    other = latent.draw(500, 3, seed=6)
+    x, y = (s.views.flatten(0, 1).numpy() for s in (sample, other))
+    known = LinearRegression().fit(x, content.flatten(0, 1))
+    assert known.score(y, other.factors[..., : latent.CONTENT_DIM].flatten(0, 1)) > 0.3
+    task = data.load("latent", tmp_path)
+    images, labels = next(iter(task.train()))
+    assert images.shape[1:] == (latent.OBSERVED_DIM,)
+    assert torch.equal(labels[::2], labels[1::2])
