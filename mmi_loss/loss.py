@@ -36,7 +36,9 @@ class MMILoss(nn.Module):
 
     on a fresh random slice of k = ``slice_dim`` features each step. It is the mutual information between a view and the
     content both views share, seen through noise of variance r (our addition to the paper), and L half the logarithm of
-    a Wilks' lambda of mean squares with that noise, images as groups.
+    a Wilks' lambda of mean squares with that noise, images as groups. It is about 0 without information, and cannot go
+    below -snr / 2 nats, -32 by default (with another ``ridge`` it can). docs/migrating.md says which learning rate to
+    use, docs/when-not.md when to take another loss.
 
     Args:
         objective: ``"content"``: I(Z; content), for views of one image by one network. ``"exchangeable"``: I(Z; Z') of
@@ -98,7 +100,8 @@ class MMILoss(nn.Module):
     @classmethod
     def paper(cls, **options: Unpack[OptionTypes]) -> MMILoss:
         """The paper's loss as we read it: its general expression on all features, with the fourth-order series. Behind
-        a projector wider than an eighth of the batch it fails quietly (the README shows it).
+        a projector wider than an eighth of the batch it may fail quietly: the loss falls, the representation does not
+        get better (docs/concepts.md).
         """
         paper: OptionTypes = {"objective": "joint", "slice_dim": None, "logdet": "taylor", "order": 4}
         paper.update(options)
