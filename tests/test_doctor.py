@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import nn
 
 from mmi_loss import MMILoss, doctor
-from mmi_loss.examination import CHECKS
-from mmi_loss.isolation import isolated
+from mmi_loss.doctor.examination import CHECKS
+from mmi_loss.doctor.isolation import isolated
 
 
 def found(criterion, *only, **options):

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmi_loss.isolation import isolated, words
+from mmi_loss.doctor.isolation import isolated, words
 
 WRONG, FRAGILE, NOTE = SEVERITIES = ("wrong", "fragile", "note")
 Views = Sequence[Tensor]

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from mmi_loss.examination import CHECKS, FORWARDS, FRAGILE, NOTE, ORCHESTRATED, SEVERITIES, Patient
-from mmi_loss.isolation import isolated, words
+from mmi_loss.doctor.examination import CHECKS, FORWARDS, FRAGILE, NOTE, ORCHESTRATED, SEVERITIES, Patient
+from mmi_loss.doctor.isolation import isolated, words
 
 TIMEOUT = 60.0
 
@@ -76,7 +76,7 @@ def check(
         batch: N of most checks; others have fewer, 2 D or 4 N.
         dim: D of all checks but the cost's.
         name: What the report calls it.
-        only: Names of the checks to make, of :data:`mmi_loss.examination.CHECKS`; none: all.
+        only: Names of the checks to make, of :data:`mmi_loss.doctor.examination.CHECKS`; none: all.
         timeout: Seconds without an answer after which a check counts as hung.
         progress: Called with the name of every check before it starts.
         **options: Of the class.
@@ -189,6 +189,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(json.dumps({**asdict(report), "passed": report.passed}, indent=2) if as_json else report)
     return int(any(SEVERITIES.index(f.severity) <= SEVERITIES.index(fail_on) for f in report.findings))
 
-
-if __name__ == "__main__":
-    sys.exit(main())
