@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from mmi_loss.doctor.examination import CHECKS, FORWARDS, FRAGILE, NOTE, ORCHESTRATED, SEVERITIES, Patient
-from mmi_loss.doctor.isolation import isolated, words
+from mmi_loss.doctor.examination import CHECKS, FORWARDS, FRAGILE, NOTE, SEVERITIES, UNCALLABLE, Patient
+from mmi_loss.doctor.isolation import ends_on_sigterm, isolated, words
 
 TIMEOUT = 60.0
 
@@ -59,6 +59,7 @@ class Report:
         return "\n".join([title, *(f"  {f.severity:8} {f.check:14}  {f.text}" for f in self.findings)])
 
 
+@ends_on_sigterm()
 def check(
     criterion: Any, forward: str = "two", *, ranks: int = 2, batch: int = 64, dim: int = 192, name: str = "",
     only: Sequence[str] = (), timeout: float = TIMEOUT, progress: Callable[[str], None] = lambda name: None,
@@ -82,8 +83,9 @@ def check(
         **options: Of the class.
 
     Raises:
-        ValueError: ``forward`` or ``only`` names nothing; or the system has no fork (Windows).
-        RuntimeError: Autograd does not run in a forked process, as after it has run on a GPU: use the command.
+        ValueError: ``forward`` or ``only`` names nothing.
+        RuntimeError: The system has no fork (Windows), or autograd does not run in a forked process, as after a
+            backward on a GPU.
 
     Example:
         >>> def loss(z_a, z_b):
@@ -96,18 +98,21 @@ def check(
     if unknown := set(only) - set(CHECKS):
         raise ValueError(f"only names {', '.join(sorted(unknown))}, which is none of {', '.join(CHECKS)}")
     if isinstance(broken := isolated(timeout, (_backward, ()))[0], str):
-        raise RuntimeError(f"autograd {broken} in a forked process: use the command mmi-loss doctor, a new process")
+        raise RuntimeError(
+            f"autograd {broken} in a forked process: use the command mmi-loss doctor, a new process; "
+            "if that says the same, as on macOS, run it in Linux (a container)"
+        )
     patient = Patient(criterion, forward, batch, dim, ranks, timeout, options)
     names = [n for n in CHECKS if n in (only or CHECKS) and (ranks > 1 or "ranks" not in n)]
     start, findings = time.perf_counter(), []
     for examined in names:
         progress(examined)
-        is_own = examined in ORCHESTRATED
-        found = _examine(patient, examined) if is_own else isolated(timeout, (_examine, (patient, examined)))[0]
+        call = _examine, (patient, examined)
+        found = _examine(*call[1]) if CHECKS[examined].forks else isolated(timeout, call)[0]
         found = [(FRAGILE, f"the check {found}")] if isinstance(found, str) else found
         findings += [Finding(severity, examined, text) for severity, text in found]
-        if examined == names[0] and sum("cannot be called" in text for _, text in found) == 3:
-            break  # of views in good health; all further checks would say the same
+        if any(text.startswith(f"{UNCALLABLE}:") for _, text in found):
+            break  # all further checks would say the same
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     name = name or getattr(criterion, "__name__", type(criterion).__name__)
     return Report(name, findings, names, round(time.perf_counter() - start, 1))
@@ -120,7 +125,7 @@ def _backward() -> None:
 def _examine(patient: Patient, name: str) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     try:
-        found.extend(CHECKS[name](patient))
+        found.extend(CHECKS[name].examine(patient))
     except Exception as error:
         found.append((FRAGILE, f"cannot be checked: {words(error)}"))
     return found
@@ -188,4 +193,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(json.dumps({**asdict(report), "passed": report.passed}, indent=2) if as_json else report)
     return int(any(SEVERITIES.index(f.severity) <= SEVERITIES.index(fail_on) for f in report.findings))
-

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import re
 import signal
+import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -18,6 +21,21 @@ GRACE = 5.0
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
+@contextlib.contextmanager
+def ends_on_sigterm() -> Iterator[None]:
+    """SIGTERM, which would leave what was started behind, is an exit as any other, unless the caller handles it."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@ends_on_sigterm()
 def isolated(timeout: float, *calls: Call) -> list[Any]:
     """The answers of functions that run at once, in a process each, forked from this one: they need not pickle.
 
@@ -25,23 +43,26 @@ def isolated(timeout: float, *calls: Call) -> list[Any]:
     after another's error. If a process ends, all are ended, and every answer says how.
 
     Raises:
-        ValueError: This system has no fork (Windows).
+        RuntimeError: This system has no fork.
 
     Example:
         >>> isolated(9.0, (max, (1, 2)), (int, ("x",)))
         [2, "fails: ValueError: invalid literal for int() with base 10: 'x'"]
     """
+    if "fork" not in multiprocessing.get_all_start_methods():
+        raise RuntimeError("this system cannot fork processes, as the doctor does: run it in Linux (WSL, a container)")
     context = multiprocessing.get_context("fork")
     owners: dict[Any, Any] = {}
     answers: dict[Any, Any] = {}
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
-            for call in calls:
-                receive, send = context.Pipe(duplex=False)
-                owners[receive] = context.Process(target=_answer, args=(send, *call), daemon=True)
-                owners[receive].start()
-                send.close()  # before the next fork, which would hold it open after this process has ended
+        for call in calls:
+            receive, send = context.Pipe(duplex=False)
+            process = context.Process(target=_answer, args=(send, *call), daemon=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
+                process.start()
+            owners[receive] = process
+            send.close()  # before the next fork, which would hold it open after this process has ended
         left = timeout
         while len(answers) < len(calls):
             ready: list[Any] = wait([receive for receive in owners if receive not in answers], timeout=0.5)
@@ -51,12 +72,11 @@ def isolated(timeout: float, *calls: Call) -> list[Any]:
             for receive in ready:
                 try:
                     answers[receive] = receive.recv()
-                    if isinstance(answers[receive], str):
-                        left = min(left, GRACE)
                 except EOFError:
                     owners[receive].join(5)
                     code = owners[receive].exitcode or 0
                     return [f"ends the process ({signal.Signals(-code).name if code < 0 else code})"] * len(calls)
+                left = min(left, GRACE) if isinstance(answers[receive], str) else left
         return [answers[receive] for receive in owners]
     finally:
         for receive, process in owners.items():
@@ -72,6 +92,7 @@ def words(error: BaseException) -> str:
 
 
 def _answer(send: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
