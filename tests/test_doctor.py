@@ -211,7 +211,7 @@ PLANTED = [
     (wrong_under_autocast, "half precision", "wrong", "bfloat16 under autocast.* off by 0.1"),
     (divides_by_zero, "degenerate", "fragile", "constant embeddings: is not finite"),
     (one_less, "batches", "fragile", "N = 1: is not finite"),
-    (mean_square, "batches", "wrong", "views of 64 and 1 samples give a loss"),  # broadcast
+    (mean_square, "batches", "wrong", "1 samples beside 64: a loss of"),  # broadcast
     (ForgetsItsState, "state", "wrong", "resumed from its state_dict"),
     (ForgetsItsState, "state", "note", "plain attributes, .*: mean"),
     (DiesAfterInference, "inference", "fragile", "a call in inference mode breaks the training step"),

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -36,14 +37,10 @@ WRONG, FRAGILE, NOTE = SEVERITIES = ("wrong", "fragile", "note")
 Views = Sequence[Tensor]
 Found = Iterator[tuple[str, str]]
 
-EXACT = 1e-6
-"""A relative error in float64 that rounding does not make."""
-SLOPE = 1e-4
-"""A relative error that finite differences do not make."""
-TOLERANCE = 1e-2
-"""Of a relative error in coarser dtypes; four of their roundings are allowed if that is more."""
-HEALTHY = 0.1
-"""Errors are relative to at least this share of what views in good health have: an exact gradient may be 0."""
+EXACT = 1e-6  # a relative error in float64 that rounding does not make
+SLOPE = 1e-4  # a relative error that finite differences do not make
+TOLERANCE = 1e-2  # of a relative error in coarser dtypes; four of their roundings are allowed if that is more
+HEALTHY = 0.1  # errors are relative to this share of usual views' value and gradient at least: exact ones may be 0
 UNCALLABLE = "cannot be called"
 
 FORWARDS: dict[str, tuple[int, Callable[[Any, Views], Any]]] = {
@@ -187,10 +184,9 @@ def _unlike(severity: str, text: str, values: Views | Tensor, exact: Views | Ten
         yield severity, f"{text}: {f'{values:.6g}, not {exact:.6g}' if is_value else f'{off:.2g} (relative) off'}"
 
 
-def _unlike_outcome(severity: str, text: str, outcome: Outcome, exact: Outcome, tolerance: float = EXACT) -> Found:
-    """A finding if the value is not as it should be, or if the gradient alone is not."""
-    of_value = list(_unlike(severity, f"the value {text}", outcome.loss, exact.loss, tolerance))
-    yield from of_value or _unlike(severity, f"the gradient {text}", outcome.grads, exact.grads, tolerance)
+def _first(*founds: Found) -> Found:
+    """The findings of the first that has some: those after it would say the same."""
+    yield from next(filter(None, map(list, founds)), [])
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -281,8 +277,11 @@ def _order(p: Patient) -> Found:
     views, order = p.views(), torch.randperm(p.batch, generator=torch.Generator().manual_seed(1))
     plain, permuted = p.sound(views), p.sound([z[order] for z in views])
     severity, why = (NOTE, ", under one random state") if p.draws() else (WRONG, "")
-    expected = Outcome(plain.loss, [g[order] for g in plain.grads])
-    yield from _unlike_outcome(severity, f"depends on the order of the samples{why}", permuted, expected)
+    text = f"depends on the order of the samples{why}"
+    yield from _first(
+        _unlike(severity, f"the value {text}", permuted.loss, plain.loss),
+        _unlike(severity, f"the gradient {text}", permuted.grads, [g[order] for g in plain.grads]),
+    )
 
 
 def _invariances(p: Patient) -> Found:
@@ -351,20 +350,17 @@ def _against_float64(
     draws, healthy = p.draws(), p.run(p.views(max(8, *(len(z[0]) for z in inputs.values()))))
     for name, views in inputs.items():
         exact, outcome = p.run([z.double() for z in views]), p.run(views, half=half)
-        of_loss, of_gradient = 0.0, 0.0
-        if all(exact.finite) and all(outcome.finite) and not draws:
-            of_loss, of_gradient = _excess(views, outcome, exact, healthy)
-        what, detail = "", ""
+        severity, what, detail = FRAGILE, "", ""
         if outcome.error:
             severity, what, detail = refused, "is an error", f": {outcome.error}"
+        elif not all(exact.finite):
+            what = "is not finite, in float64 neither" * (not all(outcome.finite))
         elif not all(outcome.finite):
-            is_hidden = all(exact.finite) and any(outcome.finite)
-            severity, part = (WRONG if is_hidden else FRAGILE), PARTS[not outcome.finite[0], not outcome.finite[1]]
-            what = f"{part} not finite" if all(exact.finite) else "is not finite, in float64 neither"
-        elif of_loss or of_gradient:
-            severity = WRONG if of_loss or not kinks else NOTE
-            what = f"the {'loss' if of_loss else 'gradient'} is off"
-            detail = f" by {of_loss or of_gradient:.2g} (relative to float64)"
+            severity = WRONG if any(outcome.finite) else FRAGILE
+            what = f"{PARTS[not outcome.finite[0], not outcome.finite[1]]} not finite"
+        elif not draws and any(errors := _excess(views, outcome, exact, healthy)):
+            severity, part = (WRONG, "loss") if errors[0] else (NOTE if kinks else WRONG, "gradient")
+            what, detail = f"the {part} is off", f" by {errors[0] or errors[1]:.2g} (relative to float64)"
         if what:
             found.setdefault((severity, what), {})[name] = detail
     for (severity, what), cases in found.items():
@@ -399,17 +395,16 @@ def _not_finite(p: Patient) -> Found:
 
 def _batches(p: Patient) -> Found:
     views = p.views(dtype=torch.float32)
-    if not (empty := p.run([z[:0] for z in views])).error:
-        yield NOTE, f"an empty batch gives a loss of {empty.loss:.3g}, no error"
     tiny = {f"N = {n}": [z[:n] for z in views] for n in (1, 2, 3)}
     if p.run(tiny["N = 1"]).error:
         del tiny["N = 1"]  # the right answer of a loss of variances
     yield from _against_float64(p, tiny)
-    for n in (p.batch // 2, 1):
-        outcome = p.run([*views[:-1], views[-1][:n]])
+    odd = {f"{n} samples beside {p.batch}": [*views[:-1], views[-1][:n]] for n in (p.batch // 2, 1)}
+    for what, inputs in {"an empty batch": [z[:0] for z in views], **odd}.items():
+        outcome = p.run(inputs)
         if not outcome.error:
-            severity = WRONG if any(outcome.finite) else FRAGILE
-            yield severity, f"views of {p.batch} and {n} samples give a loss of {outcome.loss:.3g}, no error"
+            severity = NOTE if what not in odd else WRONG if any(outcome.finite) else FRAGILE
+            yield severity, f"{what}: a loss of {outcome.loss:.3g}, no error"
 
 
 def _batch_size(p: Patient) -> Found:
@@ -426,9 +421,11 @@ def _batch_size(p: Patient) -> Found:
 
 def _random_state(p: Patient) -> Found:
     first, again, other = (p.sound(p.views(), seed=seed).loss for seed in (0, 0, 1))
-    yield from (unstable := list(_unlike(WRONG, "two calls alike, under one seed, differ", again, first, 0.0)))
-    if p.draws() and not unstable:
-        yield NOTE, f"draws from the global random state: the value is {first:.6g}, under another seed {other:.6g}"
+    text = f"draws from the global random state: the value is {first:.6g}, under another seed {other:.6g}"
+    yield from _first(
+        _unlike(WRONG, "two calls alike, under one seed, differ", again, first, 0.0),
+        iter([(NOTE, text)] * p.draws()),
+    )
 
 
 def _state(p: Patient) -> Found:
@@ -460,19 +457,16 @@ def _compile(p: Patient) -> Found:
     usual, compiled = p.sound(views), p.run(views, torch.compile(p.make(), backend="aot_eager", fullgraph=True))
     if compiled.error:
         yield NOTE, f"torch.compile(fullgraph=True) fails: {compiled.error}"
-    else:
-        yield from _unlike_outcome(WRONG, "is another under torch.compile", compiled, usual, TOLERANCE)
+        return
+    yield from _unlike(WRONG, "the value is another under torch.compile", compiled.loss, usual.loss, TOLERANCE)
+    yield from _unlike(WRONG, "the gradient is another under torch.compile", compiled.grads, usual.grads, TOLERANCE)
 
 
 def _cost(p: Patient) -> Found:
     def seconds(n: int, dim: int) -> float:
-        resized, times = replace(p, batch=n, dim=dim), []
+        resized = replace(p, batch=n, dim=dim)
         views = resized.views(dtype=torch.float32)
-        for _ in range(3):
-            start = time.process_time()
-            resized.sound(views)
-            times.append(time.process_time() - start)
-        return min(times)
+        return min(timeit.repeat(lambda: resized.sound(views), number=1, repeat=3, timer=time.process_time))
 
     narrow, tall = seconds(256, p.dim), seconds(1024, p.dim)
     text = f"forward and backward of (256, {p.dim}) take {1e3 * narrow:.1f} ms on one thread; the cost grows as"
@@ -495,9 +489,9 @@ def _processes(p: Patient) -> Found:
         yield from _elsewhere(float(done.stdout.split()[-1]), isolated(p.timeout, (p.alone, ()))[0])
 
 
-def _elsewhere(there: float, here: float) -> Found:
-    values = torch.tensor([there, here], dtype=torch.float64)
-    return _unlike(WRONG, "in another process or on another host one batch and seed give another value", *values)
+def _elsewhere(*values: float) -> Found:
+    there, here = torch.tensor(values, dtype=torch.float64)
+    return _unlike(WRONG, "in another process or on another host one batch and seed give another value", there, here)
 
 
 def _ranks(p: Patient, share: int = 1) -> Found:
@@ -514,27 +508,27 @@ def _ranks(p: Patient, share: int = 1) -> Found:
     if elsewhere := [found for answer in answers[1:] for found in _elsewhere(answer["alone"], answers[0]["alone"])]:
         yield elsewhere[0]
         return
-
-    def gradients(case: str) -> list[Tensor]:
-        return [torch.tensor([x for a in answers for x in a[case][i]], dtype=torch.float64) for i in range(3)]
-
-    averaged, exact, local = gradients("other")
+    (averaged, exact, local), (of_same, exact_of_same, _) = (
+        [torch.tensor([x for a in answers for x in a[case][i]], dtype=torch.float64) for i in range(3)]
+        for case in ("other", "same")
+    )
     if _difference(averaged, local) < EXACT:
         text = f"{where}: each loss is of the rank's own batch, the gradient not that of all together"
         yield from _unlike(NOTE, text, averaged, exact)
         return
-    of_same, exact_of_same, _ = gradients("same")  # no statistics differ: what is left is a factor
+    # Where all ranks have the same batch no statistics differ: what is left is a factor.
     factor = float(of_same @ exact_of_same / exact_of_same.square().sum())
     if abs(factor - 1) > EXACT and _difference(of_same / factor, exact_of_same) < EXACT:
         inverse = " (1 / the number of ranks)" if abs(factor * p.ranks - 1) < EXACT else ""
         yield WRONG, f"{where}: after DDP's averaging the gradient is {factor:.3g}{inverse} times the right one"
         averaged = averaged / factor
-    text = f"{where}: the gradient is not that of all together, as by statistics per rank"
-    yield from (wrong := list(_unlike(WRONG, text, averaged, exact)))
-    if not wrong:
-        mean, value = torch.tensor([[a["loss"], a["alone"]] for a in answers], dtype=torch.float64).mean(0)
-        text = f"{where}: the mean of the ranks' values is not the value of all together"
-        yield from _unlike(NOTE, text, mean, value)
+    mean, value = torch.tensor([[a["loss"], a["alone"]] for a in answers], dtype=torch.float64).mean(0)
+    yield from _first(
+        _unlike(
+            WRONG, f"{where}: the gradient is not that of all together, as by statistics per rank", averaged, exact
+        ),
+        _unlike(NOTE, f"{where}: the mean of the ranks' values is not the value of all together", mean, value),
+    )
 
 
 def _rank(p: Patient, sizes: list[int], rank: int, folder: str) -> dict[str, Any] | str:
