@@ -1,13 +1,15 @@
 """The doctor names planted faults and those of installed losses, and raises no false alarm."""
 
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,10 @@ from torch import nn
 
 from mmi_loss import MMILoss, doctor
 from mmi_loss.doctor.examination import CHECKS
-from mmi_loss.doctor.isolation import isolated
+from mmi_loss.doctor.isolation import CannotForkError, isolated
+
+SMALL = {"batch": 32, "dim": 48}
+"""Where the numbers of a text do not matter."""
 
 
 def found(criterion, *only, **options):
@@ -253,14 +258,14 @@ QUICK = [name for name in CHECKS if name not in ("compile", "processes", "cost")
 
 
 def test_other_objectives_and_instances_pass():
-    assert doctor.check(MMILoss, only=QUICK, objective="joint", slice_dim=None).passed
-    assert doctor.check(MMILoss(slice_kind="gaussian"), "list", only=["gradient", "degenerate"]).passed
-    assert doctor.check(MMILoss, "multicrop", only=["gradient", "order"]).passed
+    assert doctor.check(MMILoss, only=QUICK, objective="joint", slice_dim=None, **SMALL).passed
+    assert doctor.check(MMILoss(slice_kind="gaussian"), "list", only=["gradient", "degenerate"], **SMALL).passed
+    assert doctor.check(MMILoss, "multicrop", only=["gradient", "order"], **SMALL).passed
 
 
 def test_a_faultless_loss_of_means_has_no_findings():
     unlike = {"batches", "invariances", "half precision", "ranks, unequal"}  # it broadcasts and overflows
-    assert found(exact_mean_square, *set(QUICK) - unlike) == []
+    assert found(exact_mean_square, *set(QUICK) - unlike, **SMALL) == []
 
 
 # lightly's, as installed
@@ -283,7 +288,7 @@ def lightly_loss(name):
     ],
 )
 def test_known_faults_of_lightly_are_found(name, forward, check, severity, text):
-    findings = found(lightly_loss(name), check, forward=forward)
+    findings = found(lightly_loss(name), check, forward=forward, **SMALL)
     assert any(s == severity and re.search(text, t) for s, _, t in findings), findings
 
 
@@ -291,7 +296,7 @@ def test_known_faults_of_lightly_are_found(name, forward, check, severity, text)
 def test_no_false_alarm(name):
     """At equal batches both are exact over ranks; what overflows in half precision is real."""
     checks = [check for check in QUICK if check not in ("half precision", "ranks, unequal")]
-    assert doctor.check(lightly_loss(name), only=checks).passed
+    assert doctor.check(lightly_loss(name), only=checks, **SMALL).passed
 
 
 def test_barlow_twins_of_stable_pretraining_is_found():
@@ -338,10 +343,51 @@ def test_arguments_are_checked():
         doctor.check(mean_square, only=["nothing"])
 
 
-def test_module_runs_as_a_command():
-    done = subprocess.run([sys.executable, "-m", "mmi_loss", "doctor", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert "MODULE:CRITERION" in done.stdout
+def _module(*arguments):
+    """``python -m mmi_loss``, without a new interpreter."""
+    sys.argv[1:] = arguments
+    runpy.run_module("mmi_loss", run_name="__main__")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are listed in /proc")
+def test_module_runs_as_a_command_and_leaves_no_child_behind():
+    arguments = ("doctor", "tests.test_doctor:hangs", "--only", "order")
+    doctors = multiprocessing.get_context("fork").Process(target=_module, args=arguments)
+    doctors.start()
+    while not (children := Path(f"/proc/{doctors.pid}/task/{doctors.pid}/children").read_text().split()):
+        time.sleep(0.1)
+    doctors.terminate()
+    doctors.join(30)
+    assert doctors.exitcode == 128 + signal.SIGTERM
+    for child in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(child), 0)
+
+
+def test_without_fork_the_error_names_what_to_do(monkeypatch, capsys):
+    monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
+    assert doctor.main(["doctor", "tests.test_doctor:mean_square"]) == 2
+    assert "cannot fork processes: run the doctor in Linux (WSL, a container)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("check", ["order", "ranks, equal"])
+def test_without_autograd_in_the_processes_the_error_names_what_to_do(monkeypatch, check):
+    def backward(tensor):
+        raise RuntimeError("Unable to handle autograd's threading in combination with fork-based multiprocessing")
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    with pytest.raises(CannotForkError, match=r"use the command mmi-loss doctor, a new process.*Unable to handle"):
+        doctor.check(mean_square, only=[check])
+
+
+def test_the_callers_sigterm_is_left_alone():
+    before = signal.getsignal(signal.SIGTERM)
+    assert isolated(20, (_handles_sigterm, ())) == [False]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def _handles_sigterm():
+    return signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
 
 
 def test_isolated_answers_of_all():

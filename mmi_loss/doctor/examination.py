@@ -583,4 +583,3 @@ CHECKS = {
     "ranks, equal": Check(_ranks, "wrong: not the gradient of all batches together; note: each rank's own", forks=True),
     "ranks, unequal": Check(functools.partial(_ranks, share=2), "as with equal batches", forks=True),
 }
-"""In this order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import re
@@ -19,6 +20,10 @@ import torch
 GRACE = 5.0
 """Seconds that others are given to answer once one has failed: they may wait for it."""
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+class CannotForkError(RuntimeError):
+    """Processes cannot be forked here, or are of no use; it says what to do."""
 
 
 @contextlib.contextmanager
@@ -43,14 +48,15 @@ def isolated(timeout: float, *calls: Call) -> list[Any]:
     after another's error. If a process ends, all are ended, and every answer says how.
 
     Raises:
-        RuntimeError: This system has no fork.
+        CannotForkError: This system has no fork (Windows), or autograd does not run in a forked process, as after a
+            backward on a GPU.
 
     Example:
         >>> isolated(9.0, (max, (1, 2)), (int, ("x",)))
         [2, "fails: ValueError: invalid literal for int() with base 10: 'x'"]
     """
     if "fork" not in multiprocessing.get_all_start_methods():
-        raise RuntimeError("this system cannot fork processes, as the doctor does: run it in Linux (WSL, a container)")
+        raise CannotForkError("this system cannot fork processes: run the doctor in Linux (WSL, a container)")
     context = multiprocessing.get_context("fork")
     owners: dict[Any, Any] = {}
     answers: dict[Any, Any] = {}
@@ -76,6 +82,8 @@ def isolated(timeout: float, *calls: Call) -> list[Any]:
                     owners[receive].join(5)
                     code = owners[receive].exitcode or 0
                     return [f"ends the process ({signal.Signals(-code).name if code < 0 else code})"] * len(calls)
+                if isinstance(answers[receive], CannotForkError):
+                    raise answers[receive]
                 left = min(left, GRACE) if isinstance(answers[receive], str) else left
         return [answers[receive] for receive in owners]
     finally:
@@ -92,12 +100,19 @@ def words(error: BaseException) -> str:
 
 
 def _answer(send: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    gc.freeze()  # what was there stays: collecting it would copy its memory
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # others do not survive a fork
+    try:
+        torch.zeros((), requires_grad=True).backward()
+    except RuntimeError as error:
+        remedy = "use the command mmi-loss doctor, a new process; on macOS, Linux in a container"
+        send.send(CannotForkError(f"no autograd in a forked process: {remedy} ({words(error)})"))
+        return
     try:
         answer = function(*arguments)
     except Exception as error:
