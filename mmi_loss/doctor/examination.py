@@ -227,11 +227,8 @@ def _gradient(p: Patient) -> Found:
             is_factor = abs(ratio - 1) > 1e-3 and all(abs(r / ratio - 1) < SLOPE / 10 for _, r in found)
             is_wrong = is_factor or _has_backward_by_hand(p, views)
             what = f"{ratio:.3g} times" if is_factor else f"{off:.2g} (relative) off"
-            why = "" if is_wrong else "; something is detached, which may be meant"
-            yield (
-                WRONG if is_wrong else NOTE,
-                f"not that of the value: it is {what} the finite difference at {shape}{why}",
-            )
+            severity, why = (WRONG, "") if is_wrong else (NOTE, "; something is detached, which may be meant")
+            yield severity, f"not that of the value: it is {what} the finite difference at {shape}{why}"
         scaled, text = p.sound(views, arriving=2.0**16), "does not follow the gradient that arrives at the loss, at"
         yield from _unlike(WRONG, f"{text} {shape}", scaled.grads, [2.0**16 * g for g in outcome.grads])
         for i in moved[1:]:
@@ -299,15 +296,14 @@ def _half_precision(p: Patient) -> Found:
     views = p.views()
     for dtype in (torch.float16, torch.bfloat16):
         inputs = {f"embeddings of size {size:g}": [(size * z).to(dtype) for z in views] for size in (0.01, 1.0, 100.0)}
-        yield from _against_float64(p, inputs, f"{_name(dtype)}, ", refused=NOTE)
+        yield from _against_float64(p, inputs, f"{_name(dtype)}, ", error=NOTE)
         yield from _against_float64(p, inputs, f"{_name(dtype)} under autocast, ", half=dtype)
-    for first, second in (
-        (torch.float16, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.float32, torch.float64),
-    ):
-        mixed = [z.to(dtype) for z, dtype in zip(views, itertools.cycle((first, second)), strict=False)]
-        yield from _against_float64(p, {f"{_name(first)} beside {_name(second)}": mixed}, refused=NOTE)
+    mixed = {}
+    for narrow in (torch.float16, torch.bfloat16, torch.float32):
+        dtypes = narrow, torch.float64 if narrow == torch.float32 else torch.float32
+        name = " beside ".join(map(_name, dtypes))
+        mixed[name] = [z.to(dtype) for z, dtype in zip(views, itertools.cycle(dtypes), strict=False)]
+    yield from _against_float64(p, mixed, error=NOTE)
 
 
 def _degenerate(p: Patient) -> Found:
@@ -323,7 +319,7 @@ def _degenerate(p: Patient) -> Found:
         "identical views": [views[0]] * len(views),
         "an outlier of 1e6": [z + spot for z in views],
     }
-    yield from _against_float64(p, inputs, kinks=True)
+    yield from _against_float64(p, inputs, gradient=NOTE)  # where it has kinks rounding may decide on it
 
 
 PARTS = {
@@ -334,17 +330,13 @@ PARTS = {
 
 
 def _against_float64(
-    p: Patient,
-    inputs: dict[str, list[Tensor]],
-    kind: str = "",
-    half: torch.dtype | None = None,
-    refused: str = FRAGILE,
-    kinks: bool = False,
-) -> Found:
-    """Each input's loss and gradient against those of the same criterion in float64 on the same numbers.
+    p: Patient, inputs: dict[str, list[Tensor]], kind: str = "", half: torch.dtype | None = None, *,
+    error: str = FRAGILE, gradient: str = WRONG,
+) -> Found:  # fmt: skip
+    """Each input's loss and gradient against those of the same criterion in float64 on the same numbers; the severities
+    are of an error and of a gradient alone that is off.
 
-    Only whether they are finite, if it draws from a global random state: that gives other numbers in float64. Where a
-    loss has ``kinks`` rounding may decide on the gradient.
+    Only whether they are finite, if it draws from a global random state: that gives other numbers in float64.
     """
     found: dict[tuple[str, str], dict[str, str]] = {}
     draws, healthy = p.draws(), p.run(p.views(max(8, *(len(z[0]) for z in inputs.values()))))
@@ -352,14 +344,14 @@ def _against_float64(
         exact, outcome = p.run([z.double() for z in views]), p.run(views, half=half)
         severity, what, detail = FRAGILE, "", ""
         if outcome.error:
-            severity, what, detail = refused, "is an error", f": {outcome.error}"
+            severity, what, detail = error, "is an error", f": {outcome.error}"
         elif not all(exact.finite):
             what = "is not finite, in float64 neither" * (not all(outcome.finite))
         elif not all(outcome.finite):
             severity = WRONG if any(outcome.finite) else FRAGILE
             what = f"{PARTS[not outcome.finite[0], not outcome.finite[1]]} not finite"
         elif not draws and any(errors := _excess(views, outcome, exact, healthy)):
-            severity, part = (WRONG, "loss") if errors[0] else (NOTE if kinks else WRONG, "gradient")
+            severity, part = (WRONG, "loss") if errors[0] else (gradient, "gradient")
             what, detail = f"the {part} is off", f" by {errors[0] or errors[1]:.2g} (relative to float64)"
         if what:
             found.setdefault((severity, what), {})[name] = detail
