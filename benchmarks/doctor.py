@@ -23,8 +23,8 @@ from benchmarks import environment
 from benchmarks.environment import Row
 from benchmarks.losses import solo_learn
 from mmi_loss.doctor import FORWARDS, check
-from mmi_loss.examination import CHECKS, Patient
-from mmi_loss.isolation import isolated
+from mmi_loss.doctor.examination import CHECKS, Patient
+from mmi_loss.doctor.isolation import isolated
 
 MODULES = {
     "mmi-loss": "mmi_loss.loss",

@@ -22,7 +22,7 @@ Row = dict[str, str]
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs")
 """Ignored by git: histories, drawn views, checkpoints, and the results of whoever tries a command."""
-NOT_OF_THE_LOSS = {"integrations", "diagnostics", "measures", "doctor", "examination", "isolation", "__main__"}
+NOT_OF_THE_LOSS = {"integrations", "diagnostics", "measures", "doctor", "__main__"}
 BEFORE_DIGESTS = "before-digests"
 """In place of a digest, in rows that are older than the column."""
 

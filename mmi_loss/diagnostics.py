@@ -1,21 +1,64 @@
 """What a representation holds, measured rather than trained: off the hot path, in float64, without gradient. Features
 count by their numerical rank: one that is constant, or a linear map of others, counts nothing. Samples are finite
-floating point tensors (N, D), those of several views in the same order; others are a TypeError or ValueError.
+floating point tensors (N, D), those of several views in the same order; others are a TypeError or ValueError. In their
+place all measures take their second moments, as :class:`mmi_loss.measures.Measures` accumulates them.
 
-Which of them predict accuracy was measured by ``python -m benchmarks selection``; :class:`mmi_loss.measures.Measures`
-takes them batch by batch and over ranks.
+Which of them predict accuracy was measured by ``python -m benchmarks selection``; ``Measures`` takes them
+batch by batch and over ranks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def canonical_correlations(z_a: Tensor, z_b: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Moments:
+    """The second moments of samples (N, D), of which all measures are functions, in the form of rows."""
+
+    common: Tensor
+    """(1, D): their mean, times the root of N."""
+    centred: Tensor
+    """(M, D): they about their mean, or other rows of the same second moments."""
+    count: int
+    """N."""
+    constant: Tensor
+    """(D,): how far rounding takes the samples of a constant feature from one another."""
+
+    @classmethod
+    def of(cls, z: Tensor, scaled_over: tuple[int, ...] = ()) -> Moments:
+        """Of samples in units of their largest value over these axes; exactly 0 about the mean of a constant."""
+        x = z.detach().double()
+        if scaled_over:
+            x = x / x.abs().amax(scaled_over, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        centred = x - x[:1]  # a mean of equal numbers may be off by a rounding error
+        mean = centred.mean(0, keepdim=True)
+        return cls((x[:1] + mean) * math.sqrt(len(x)), centred - mean, len(x), stored(z) * x.abs().amax(0))
+
+    def along(self, directions: Tensor) -> Moments:
+        """Of the samples in these directions (D, K)."""
+        constant = (self.constant.square() @ directions.square()).sqrt()
+        return Moments(self.common @ directions, self.centred @ directions, self.count, constant)
+
+    def spectrum(self) -> Tensor:
+        """Eigenvalues of the covariance, up to a factor, descending, as many as the numerical rank."""
+        return _spectrum(self.centred, self.rounding())
+
+    def basis(self) -> Tensor:
+        """An orthonormal basis (M, rank) of the centred features."""
+        left, singular, _ = torch.linalg.svd(self.centred, full_matrices=False)
+        return left[:, _above(singular, self.centred, self.rounding())]
+
+    def rounding(self) -> float:
+        """The largest singular value that rounding makes: of independent errors (Bai and Yin 1993)."""
+        return float(self.constant.max()) * (math.sqrt(self.count) + math.sqrt(len(self.constant)))
+
+
+def canonical_correlations(z_a: Tensor | Moments, z_b: Tensor | Moments) -> Tensor:
     """Sample canonical correlations of two views (N, D_a) and (N, D_b), descending, in [0, 1], float64.
 
     They are the cosines of the principal angles between the spans of the centred features (Bjorck and Golub 1973), as
@@ -27,11 +70,10 @@ def canonical_correlations(z_a: Tensor, z_b: Tensor) -> Tensor:
         >>> canonical_correlations(z, z @ torch.tensor([[2.0], [1]])).item()
         1.0
     """
-    _check(z_a=z_a, z_b=z_b)
-    return _cosines(_orthonormal_basis(z_a), _orthonormal_basis(z_b))
+    return _cosines(*(moments.basis() for moments in _moments((0,), z_a=z_a, z_b=z_b)))
 
 
-def effective_rank(z: Tensor) -> Tensor:
+def effective_rank(z: Tensor | Moments) -> Tensor:
     """Exp of the entropy of the normalised covariance spectrum (Roy and Vetterli 2007): between 0 and min(N - 1, D).
 
     1 is a line, D an isotropic cloud of (N, D) embeddings; 0 is a constant.
@@ -40,11 +82,10 @@ def effective_rank(z: Tensor) -> Tensor:
         >>> [effective_rank(z).item() for z in (torch.full((9, 4), 0.3), torch.arange(9.0).unsqueeze(1))]
         [0.0, 1.0]
     """
-    _check(z=z)
-    return _effective_rank(_spectrum(_centred(z, scaled_over=(0, 1)), _rounding(z)))
+    return _entropy_rank(_moments((0, 1), z=z)[0].spectrum())
 
 
-def rank_me(z: Tensor, epsilon: float = 1e-7) -> Tensor:
+def rank_me(z: Tensor | Moments, epsilon: float = 1e-7) -> Tensor:
     """RankMe: exp of the entropy of the singular values of (N, D) embeddings, which are not centred.
 
     With p_k = s_k / sum(s) + epsilon it is exp(-sum p_k log p_k), between 1 and about min(N, D); embeddings far from
@@ -55,11 +96,13 @@ def rank_me(z: Tensor, epsilon: float = 1e-7) -> Tensor:
         >>> [f"{rank_me(z).item():.3f}" for z in (torch.eye(4), torch.ones(9, 4))]
         ['4.000', '1.000']
     """
-    _check(z=z)
-    return _rank_me(z.detach().double(), epsilon)
+    moments = _moments((0, 1), z=z)[0]
+    rows = torch.cat([moments.common, moments.centred])
+    singular = torch.linalg.svdvals(rows / rows.abs().max().clamp(min=torch.finfo(rows.dtype).tiny))[: moments.count]
+    return torch.special.entr(singular / singular.sum().clamp(min=1e-300) + epsilon).sum().exp()
 
 
-def participation_ratio(z: Tensor) -> Tensor:
+def participation_ratio(z: Tensor | Moments) -> Tensor:
     """(sum l)^2 / sum l^2 of the covariance's eigenvalues l of (N, D) embeddings: between 0, of a constant, and
     min(N - 1, D). It counts what varies most, where :func:`effective_rank` also hears what varies little.
 
@@ -69,11 +112,12 @@ def participation_ratio(z: Tensor) -> Tensor:
         >>> f"{participation_ratio(torch.eye(5)).item():.3f}"
         '4.000'
     """
-    _check(z=z)
-    return _participation_ratio(_spectrum(_centred(z, scaled_over=(0, 1)), _rounding(z)))
+    spectrum = _moments((0, 1), z=z)[0].spectrum()
+    shares = spectrum / spectrum.sum()
+    return shares.sum() / shares.square().sum() if len(spectrum) else spectrum.sum()
 
 
-def alpha_req(z: Tensor, first: int = 11, last: int = 100) -> Tensor:
+def alpha_req(z: Tensor | Moments, first: int = 11, last: int = 100) -> Tensor:
     r"""alpha-ReQ: the exponent :math:`\alpha` by which the covariance's eigenvalues fall, :math:`l_k \sim k^{-\alpha}`.
 
     A line through log l_k over log k for the ranks k = ``first`` ... ``last``, weighted by 1/k, as the authors' code
@@ -84,11 +128,14 @@ def alpha_req(z: Tensor, first: int = 11, last: int = 100) -> Tensor:
         >>> f"{alpha_req(torch.diag(torch.arange(1.0, 500).pow(-0.5))).item():.1f}"
         '1.0'
     """
-    _check(z=z)
-    return _alpha_req(_spectrum(_centred(z, scaled_over=(0, 1)), _rounding(z)), first, last)
+    spectrum = _moments((0, 1), z=z)[0].spectrum()
+    ranks = torch.arange(first, min(last, len(spectrum)) + 1).to(spectrum)
+    x, y, weights = ranks.log(), spectrum[first - 1 : last].log(), 1 / ranks
+    x = x - (weights * x).sum() / weights.sum()
+    return -(weights * x * y).sum() / (weights * x.square()).sum()  # 0 / 0 where there is no line
 
 
-def lidar(z_a: Tensor, z_b: Tensor, *more: Tensor, delta: float = 1e-4) -> Tensor:
+def lidar(z_a: Tensor | Moments, z_b: Tensor | Moments, *more: Tensor | Moments, delta: float = 1e-4) -> Tensor:
     r"""LiDAR: exp of the entropy of the linear discriminants' spectrum, images as classes and their views as samples.
 
     The eigenvalues are those of :math:`W^{-1/2} B W^{-1/2}` with B the covariance of the images' means and W that of
@@ -100,11 +147,18 @@ def lidar(z_a: Tensor, z_b: Tensor, *more: Tensor, delta: float = 1e-4) -> Tenso
         >>> f"{lidar(z, z + 0.1 * z.roll(1, 0)).item():.1f}"
         '8.0'
     """
-    views = _checked(z_a, z_b, *more)
-    return _lidar(*_between_and_within(views), len(z_a), _constant(views), delta)
+    between, within, n, rounding, _ = _between_and_within(z_a, z_b, *more)
+    if len(between) + len(within) < between.shape[1]:  # what the rows do not span holds nothing
+        span = torch.linalg.qr(torch.cat([between, within]).mT).Q
+        between, within = between @ span, within @ span
+    factor = torch.linalg.cholesky(within.mT @ within / n + delta * torch.eye(within.shape[1]).to(within))
+    whitened = torch.linalg.solve_triangular(factor, between.mT, upper=False)
+    return _entropy_rank(_spectrum(whitened, rounding / math.sqrt(delta)))
 
 
-def content_information(z_a: Tensor, z_b: Tensor, *more: Tensor, snr: float = 64.0) -> Tensor:
+def content_information(
+    z_a: Tensor | Moments, z_b: Tensor | Moments, *more: Tensor | Moments, snr: float = 64.0
+) -> Tensor:
     r"""I(Z; content) in nats of V >= 2 views (N, D): what one tells about what all share, :class:`mmi_loss.MMILoss`
     without its minus and without a slice.
 
@@ -119,11 +173,17 @@ def content_information(z_a: Tensor, z_b: Tensor, *more: Tensor, snr: float = 64
         >>> bool((content_information(z, z.roll(1, 0)) + MMILoss()(z, z.roll(1, 0))).abs() < 1e-5)
         True
     """
-    views = _checked(z_a, z_b, *more)
-    return _content_information(*_between_and_within(views), len(z_a), len(views), _constant(views), snr)
+    between, within, n, _, constant = _between_and_within(z_a, z_b, *more)
+    inner, views = within.mT @ within / n, 2 + len(more)
+    total = between.mT @ between / n + inner * (views - 1) / views
+    deviation = total.diagonal().sqrt()
+    weight = torch.where(deviation > constant, 1 / deviation, 0.0)  # a constant adds nothing to either determinant
+    signal = torch.outer(weight, weight) * (min(snr, n) / len(total))
+    log_dets = [torch.linalg.slogdet(torch.eye(len(m)).to(m) + m * signal).logabsdet for m in (total, inner)]
+    return (log_dets[0] - log_dets[1]) / 2
 
 
-def mutual_information(z_a: Tensor, z_b: Tensor, bias_correction: bool = True) -> Tensor:
+def mutual_information(z_a: Tensor | Moments, z_b: Tensor | Moments, bias_correction: bool = True) -> Tensor:
     r"""I(Z; Z') in nats of two samples (N, D_a) and (N, D_b), from second-order statistics, without noise floor:
 
     .. math:: I = \tfrac12 [\log\det C_{aa} + \log\det C_{bb} - \log\det C_{joint}] = -\tfrac12 \sum_i \log(1-\rho_i^2)
@@ -141,8 +201,11 @@ def mutual_information(z_a: Tensor, z_b: Tensor, bias_correction: bool = True) -
         >>> f"{mutual_information(z, noisy):.2f} of {-1.5 * math.log(1 - 0.6**2):.2f}"
         '0.68 of 0.67'
     """
-    _check(z_a=z_a, z_b=z_b)
-    return _mutual_information(_orthonormal_basis(z_a), _orthonormal_basis(z_b), len(z_a), bias_correction)
+    a, b = _moments((0,), z_a=z_a, z_b=z_b)
+    bases = a.basis(), b.basis()
+    spurious = spurious_information(a.count, *(basis.shape[1] for basis in bases))
+    information = 0.5 * (-torch.log1p(-_cosines(*bases).square())).sum()
+    return information - spurious if bias_correction else information
 
 
 def spurious_information(n: int, dim_a: int, dim_b: int) -> float:
@@ -165,7 +228,8 @@ def spurious_information(n: int, dim_a: int, dim_b: int) -> float:
     return 0.5 * float(digamma[:dim_a].sum() + digamma[:dim_b].sum() - digamma.sum())
 
 
-def _check(**samples: Tensor) -> None:
+def check(**samples: Tensor) -> None:
+    """A TypeError or ValueError unless all are samples, as many each."""
     for name, z in samples.items():
         if not isinstance(z, Tensor) or not z.is_floating_point():
             kind = z.dtype if isinstance(z, Tensor) else type(z).__name__
@@ -180,21 +244,34 @@ def _check(**samples: Tensor) -> None:
         raise ValueError(f"{' and '.join(samples)} must have as many rows, one per sample, got {shapes}")
 
 
-def _centred(z: Tensor, scaled_over: tuple[int, ...]) -> Tensor:
-    """``z`` in units of its largest value over these axes, about its mean: exactly 0 where a feature is constant."""
-    z = z.detach().double()
-    z = z / z.abs().amax(scaled_over, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
-    z = z - z[:1]  # a mean of equal numbers may be off by a rounding error
-    return z - z.mean(0)
+def check_views(*views: Tensor) -> None:
+    """The same of views, which have to be as wide."""
+    check(**{f"z_{name}": view for name, view in zip("abcdefghijklmnopqrstuvwxyz", views, strict=False)})
+    if len({view.shape[1] for view in views}) > 1:
+        raise ValueError(f"the views must be as wide, one network's, got {[tuple(view.shape) for view in views]}")
 
 
-def _stored(z: Tensor) -> float:
-    return torch.finfo(torch.float64 if z.dtype == torch.float64 else torch.float32).eps  # halves count as exact
+def stored(z: Tensor) -> float:
+    """The rounding of samples: halves count as exact."""
+    return torch.finfo(torch.float64 if z.dtype == torch.float64 else torch.float32).eps
 
 
-def _rounding(z: Tensor) -> float:
-    """The singular values that rounding makes of (N, D) entries of at most 1."""
-    return _stored(z) * (math.sqrt(len(z)) + math.sqrt(z.shape[1]))  # of independent errors (Bai and Yin 1993)
+def _moments(scaled_over: tuple[int, ...], **samples: Tensor | Moments) -> list[Moments]:
+    check(**{name: z for name, z in samples.items() if not isinstance(z, Moments)})
+    return [z if isinstance(z, Moments) else Moments.of(z, scaled_over) for z in samples.values()]
+
+
+def _between_and_within(*views: Tensor | Moments) -> tuple[Tensor, Tensor, int, float, Tensor]:
+    """Rows of the images' means, centred, and rows whose second moment, per image, is the variance about those; the
+    number of images; the singular value and the standard deviations (D,) that rounding makes.
+    """
+    check_views(*(z for z in views if not isinstance(z, Moments)))
+    moments = [z if isinstance(z, Moments) else Moments.of(z) for z in views]
+    x = torch.stack([torch.cat([m.common, m.centred]) for m in moments])
+    means = x[0] + (x - x[0]).mean(0)  # a mean of equal numbers may be off by a rounding error
+    within = ((x - means) / math.sqrt(len(views) - 1)).flatten(0, 1)
+    constant = torch.stack([m.constant for m in moments]).amax(0)
+    return means[1:], within, moments[0].count, max(m.rounding() for m in moments), constant
 
 
 def _above(singular: Tensor, rows: Tensor, rounding: float) -> Tensor:
@@ -202,88 +279,14 @@ def _above(singular: Tensor, rows: Tensor, rounding: float) -> Tensor:
     return singular > rounding + singular[:1] * max(rows.shape) * torch.finfo(singular.dtype).eps
 
 
-def _orthonormal_basis(z: Tensor) -> Tensor:
-    """An orthonormal basis (N, rank) of the centred features."""
-    return _basis(_centred(z, scaled_over=(0,)), _rounding(z))
-
-
-def _basis(rows: Tensor, rounding: float) -> Tensor:
-    left, singular, _ = torch.linalg.svd(rows, full_matrices=False)
-    return left[:, _above(singular, rows, rounding)]
-
-
 def _spectrum(rows: Tensor, rounding: float) -> Tensor:
-    """Eigenvalues of the covariance of centred rows, up to a factor, descending, as many as the numerical rank."""
     singular = torch.linalg.svdvals(rows)
     return singular[_above(singular, rows, rounding)].square()
 
 
-def _effective_rank(spectrum: Tensor) -> Tensor:
+def _entropy_rank(spectrum: Tensor) -> Tensor:
+    """Exp of the entropy of the shares in the sum; 0 of nothing."""
     return torch.special.entr(spectrum / spectrum.sum()).sum().exp() * bool(len(spectrum))
-
-
-def _participation_ratio(spectrum: Tensor) -> Tensor:
-    shares = spectrum / spectrum.sum()
-    return shares.sum() / shares.square().sum() if len(spectrum) else spectrum.sum()
-
-
-def _alpha_req(spectrum: Tensor, first: int, last: int) -> Tensor:
-    ranks = torch.arange(first, min(last, len(spectrum)) + 1).to(spectrum)
-    x, y, weights = ranks.log(), spectrum[first - 1 : last].log(), 1 / ranks
-    x = x - (weights * x).sum() / weights.sum()
-    return -(weights * x * y).sum() / (weights * x.square()).sum()  # 0 / 0 where there is no line
-
-
-def _rank_me(rows: Tensor, epsilon: float) -> Tensor:
-    singular = torch.linalg.svdvals(rows / rows.abs().max().clamp(min=torch.finfo(rows.dtype).tiny))
-    return torch.special.entr(singular / singular.sum().clamp(min=1e-300) + epsilon).sum().exp()
-
-
-def _checked(*views: Tensor) -> tuple[Tensor, ...]:
-    _check(**{f"z_{name}": view for name, view in zip("abcdefghijklmnopqrstuvwxyz", views, strict=False)})
-    if len({view.shape[1] for view in views}) > 1:
-        raise ValueError(f"the views must be as wide, one network's, got {[tuple(view.shape) for view in views]}")
-    return views
-
-
-def _constant(views: Sequence[Tensor]) -> Tensor:
-    """The standard deviations (D,) up to which features are constant but for rounding."""
-    return 4 * max(map(_stored, views)) * torch.stack([z.detach().double().abs().amax(0) for z in views]).amax(0)
-
-
-def _between_and_within(views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The images' means (N, D), centred; and rows whose second moment, per image, is the variance about those."""
-    x = torch.stack([view.detach().double() for view in views])
-    x = x - x[:1, :1]  # a mean of equal numbers may be off by a rounding error
-    means = x.mean(0)
-    return means - means.mean(0), ((x - means) / math.sqrt(len(views) - 1)).flatten(0, 1)
-
-
-def _lidar(between: Tensor, within: Tensor, n: int, constant: Tensor, delta: float = 1e-4) -> Tensor:
-    if len(between) + len(within) < between.shape[1]:  # what the rows do not span holds nothing
-        span = torch.linalg.qr(torch.cat([between, within]).mT).Q
-        between, within = between @ span, within @ span
-    factor = torch.linalg.cholesky(within.mT @ within / n + delta * torch.eye(within.shape[1]).to(within))
-    whitened = torch.linalg.solve_triangular(factor, between.mT, upper=False)
-    return _effective_rank(_spectrum(whitened, float(constant.max()) * math.sqrt(n / delta)))
-
-
-def _content_information(
-    between: Tensor, within: Tensor, n: int, views: int, constant: Tensor, snr: float = 64.0
-) -> Tensor:
-    inner = within.mT @ within / n
-    total = between.mT @ between / n + inner * (views - 1) / views
-    deviation = total.diagonal().sqrt()
-    weight = torch.where(deviation > constant, 1 / deviation, 0.0)  # a constant adds nothing to either determinant
-    signal = torch.outer(weight, weight) * (min(snr, n) / len(total))
-    log_dets = [torch.linalg.slogdet(torch.eye(len(m)).to(m) + m * signal).logabsdet for m in (total, inner)]
-    return (log_dets[0] - log_dets[1]) / 2
-
-
-def _mutual_information(basis_a: Tensor, basis_b: Tensor, n: int, bias_correction: bool) -> Tensor:
-    spurious = spurious_information(n, basis_a.shape[1], basis_b.shape[1])
-    information = 0.5 * (-torch.log1p(-_cosines(basis_a, basis_b).square())).sum()
-    return information - spurious if bias_correction else information
 
 
 def _cosines(basis_a: Tensor, basis_b: Tensor) -> Tensor:

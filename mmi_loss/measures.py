@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -59,7 +60,8 @@ class Measures:
         Raises:
             TypeError, ValueError: No finite floating point (N, D), or not as many and as wide as before.
         """
-        views = diagnostics._checked(z_a) if z_b is None else diagnostics._checked(z_a, z_b)
+        views = [z_a] if z_b is None else [z_a, z_b]
+        diagnostics.check_views(*views)
         x = torch.cat([view.double() for view in views], 1)
         if self._count and (len(views) != self._views or x.shape[1] != len(self._largest)):
             raise ValueError(
@@ -71,7 +73,7 @@ class Measures:
             rows, largest = torch.cat([self._rows, rows]), torch.maximum(self._largest, largest)
         self._rows, self._largest = _triangular(rows, at_least=2), largest
         self._count, self._views = self._count + len(x), len(views)
-        self._stored = max(self._stored, *(diagnostics._stored(view) for view in views))
+        self._stored = max(self._stored, *map(diagnostics.stored, views))
 
     @torch.no_grad()
     def compute(self) -> dict[str, Tensor]:
@@ -87,33 +89,24 @@ class Measures:
         if count == 0:
             raise ValueError("no samples yet: call update(z_a, z_b) first")
         rows = _triangular(rows)
-        dim = len(largest) // views
-        # The first row is what the samples have in common: without it they are centred.
-        raw, centred = rows[:, 1:], rows[1:, 1:]
         # What rounding makes of a constant: in the samples as they were stored, and in the factorisation.
         constant = (4 * stored + 16 * torch.finfo(rows.dtype).eps) * largest
-        size = _singular_size(constant[:dim], count)
-        spectrum = diagnostics._spectrum(centred[:, :dim], size)
+        # The first row is what the samples have in common: without it they are centred.
+        moments = [
+            diagnostics.Moments(view[:1], view[1:], count, of_view)
+            for view, of_view in zip(rows[:, 1:].tensor_split(views, 1), constant.tensor_split(views), strict=True)
+        ]
         found: dict[str, Callable[[], Tensor]] = {
-            "rank_me": lambda: diagnostics._rank_me(raw[:, :dim], 1e-7),
-            "effective_rank": lambda: diagnostics._effective_rank(spectrum),
-            "participation_ratio": lambda: diagnostics._participation_ratio(spectrum),
-            "alpha_req": lambda: diagnostics._alpha_req(spectrum, 11, 100),
+            name: functools.partial(getattr(diagnostics, name), moments[0]) for name in OF_ONE_VIEW
         }
         if views == 2:
-            constant = torch.maximum(*constant.split(dim))
+            dim = len(largest) // views
             k = max(1, min(dim, self.information_dim, count // 8))
             directions = torch.randn(dim, k, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(rows)
-            directions = directions if k < dim else torch.eye(dim).to(rows)
-            ones, z_a, z_b = rows.split([1, dim, dim], 1)
-            sliced = torch.cat([ones, z_a @ directions, z_b @ directions], 1)
-            sliced_constant = (constant.square() @ directions.square()).sqrt()
+            sliced = [m.along(directions) for m in moments] if k < dim else moments
             found |= {
-                "lidar": lambda: diagnostics._lidar(*_between_and_within(rows), count, constant),
-                "content_information": lambda: diagnostics._content_information(
-                    *_between_and_within(sliced), count, 2, sliced_constant
-                ),
-                "mutual_information": lambda: _mutual_information(sliced, count, sliced_constant),
+                name: functools.partial(getattr(diagnostics, name), *(moments if name == "lidar" else sliced))
+                for name in OF_TWO_VIEWS
             }
         values: dict[str, Tensor] = {}
         for name, measure in found.items():
@@ -152,20 +145,3 @@ class Measures:
 def _triangular(rows: Tensor, at_least: int = 0) -> Tensor:
     """Rows of the same second moments, as many as columns; less than ``at_least`` times as many stay as they are."""
     return torch.linalg.qr(rows, mode="r").R if len(rows) > at_least * rows.shape[1] else rows
-
-
-def _between_and_within(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """As in :mod:`mmi_loss.diagnostics`, of triangular rows [1, z_a, z_b]."""
-    z_a, z_b = rows[:, 1:].tensor_split(2, 1)
-    return (z_a + z_b)[1:] / 2, (z_a - z_b) / math.sqrt(2)
-
-
-def _mutual_information(rows: Tensor, count: int, constant: Tensor) -> Tensor:
-    size = _singular_size(constant, count)
-    basis_a, basis_b = (diagnostics._basis(z, size) for z in rows[1:, 1:].tensor_split(2, 1))
-    return diagnostics._mutual_information(basis_a, basis_b, count, bias_correction=True)
-
-
-def _singular_size(deviations: Tensor, count: int) -> float:
-    """The largest singular value of so many rows of independent errors (Bai and Yin 1993)."""
-    return float(deviations.max()) * (math.sqrt(count) + math.sqrt(len(deviations)))

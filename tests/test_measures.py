@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from mmi_loss import MMILoss, diagnostics
-from mmi_loss.isolation import isolated
+from mmi_loss.doctor.isolation import isolated
 from mmi_loss.measures import OF_ONE_VIEW, OF_TWO_VIEWS, Measures
 from tests import oracle
 

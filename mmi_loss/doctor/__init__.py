@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib
 import json
 import sys
@@ -23,8 +24,8 @@ from typing import Any
 
 import torch
 
-from mmi_loss.examination import CHECKS, FORWARDS, FRAGILE, NOTE, ORCHESTRATED, SEVERITIES, Patient
-from mmi_loss.isolation import isolated, words
+from mmi_loss.doctor.examination import CHECKS, FORWARDS, FRAGILE, NOTE, SEVERITIES, UNCALLABLE, Patient
+from mmi_loss.doctor.isolation import CannotForkError, ends_on_sigterm, isolated, words
 
 TIMEOUT = 60.0
 
@@ -59,6 +60,7 @@ class Report:
         return "\n".join([title, *(f"  {f.severity:8} {f.check:14}  {f.text}" for f in self.findings)])
 
 
+@ends_on_sigterm()
 def check(
     criterion: Any, forward: str = "two", *, ranks: int = 2, batch: int = 64, dim: int = 192, name: str = "",
     only: Sequence[str] = (), timeout: float = TIMEOUT, progress: Callable[[str], None] = lambda name: None,
@@ -76,14 +78,14 @@ def check(
         batch: N of most checks; others have fewer, 2 D or 4 N.
         dim: D of all checks but the cost's.
         name: What the report calls it.
-        only: Names of the checks to make, of :data:`mmi_loss.examination.CHECKS`; none: all.
+        only: Names of the checks to make, of :data:`mmi_loss.doctor.examination.CHECKS`; none: all.
         timeout: Seconds without an answer after which a check counts as hung.
         progress: Called with the name of every check before it starts.
         **options: Of the class.
 
     Raises:
-        ValueError: ``forward`` or ``only`` names nothing; or the system has no fork (Windows).
-        RuntimeError: Autograd does not run in a forked process, as after it has run on a GPU: use the command.
+        ValueError: ``forward`` or ``only`` names nothing.
+        CannotForkError: There is no fork (Windows), or no autograd after it, as after a backward on a GPU.
 
     Example:
         >>> def loss(z_a, z_b):
@@ -95,32 +97,29 @@ def check(
         raise ValueError(f"forward must be one of {', '.join(FORWARDS)}, got {forward!r}")
     if unknown := set(only) - set(CHECKS):
         raise ValueError(f"only names {', '.join(sorted(unknown))}, which is none of {', '.join(CHECKS)}")
-    if isinstance(broken := isolated(timeout, (_backward, ()))[0], str):
-        raise RuntimeError(f"autograd {broken} in a forked process: use the command mmi-loss doctor, a new process")
     patient = Patient(criterion, forward, batch, dim, ranks, timeout, options)
     names = [n for n in CHECKS if n in (only or CHECKS) and (ranks > 1 or "ranks" not in n)]
     start, findings = time.perf_counter(), []
     for examined in names:
         progress(examined)
-        is_own = examined in ORCHESTRATED
-        found = _examine(patient, examined) if is_own else isolated(timeout, (_examine, (patient, examined)))[0]
+        is_own = CHECKS[examined].forks  # else a process is made for it
+        call = functools.partial(_examine, patient, examined)
+        found = call() if is_own else isolated(timeout, (call, ()))[0]
         found = [(FRAGILE, f"the check {found}")] if isinstance(found, str) else found
         findings += [Finding(severity, examined, text) for severity, text in found]
-        if examined == names[0] and sum("cannot be called" in text for _, text in found) == 3:
-            break  # of views in good health; all further checks would say the same
+        if any(text.startswith(f"{UNCALLABLE}:") for _, text in found):
+            break  # all further checks would say the same
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     name = name or getattr(criterion, "__name__", type(criterion).__name__)
     return Report(name, findings, names, round(time.perf_counter() - start, 1))
 
 
-def _backward() -> None:
-    torch.zeros((), requires_grad=True).backward()
-
-
 def _examine(patient: Patient, name: str) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     try:
-        found.extend(CHECKS[name](patient))
+        found.extend(CHECKS[name].examine(patient))
+    except CannotForkError:
+        raise
     except Exception as error:
         found.append((FRAGILE, f"cannot be checked: {words(error)}"))
     return found
@@ -158,9 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cannot be had.
     """
     parser = argparse.ArgumentParser(prog="mmi-loss", description="Tools beside the loss.")
-    plain = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    doctor = commands.add_parser("doctor", help="examine any loss of views", description=__doc__, formatter_class=plain)
+    doctor = commands.add_parser("doctor", help="examine any loss of views", description=__doc__)
+    doctor.formatter_class = argparse.RawDescriptionHelpFormatter
+    doctor.epilog = "\n".join(["checks:", *(f"  {name:16} {check.severities}" for name, check in CHECKS.items())])
     doctor.add_argument(
         "criterion", metavar="MODULE:CRITERION", help="as lightly.loss:NTXentLoss or '...(temperature=0.2)'"
     )
@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument("--ranks", type=int, default=2, help="processes of the distributed checks; 1: none")
     doctor.add_argument("--batch", type=int, default=64, help="N of most checks")
     doctor.add_argument("--dim", type=int, default=192, help="D")
-    doctor.add_argument("--only", nargs="+", default=(), metavar="CHECK", help="; ".join(CHECKS))
+    doctor.add_argument("--only", nargs="+", default=(), metavar="CHECK", help="names of checks, below; default: all")
     doctor.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds after which a check counts as hung")
     doctor.add_argument("--fail-on", choices=SEVERITIES, default=FRAGILE, help="the least severity to exit with 1")
     doctor.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -184,11 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         criterion, options = criterion_of(text)
         report = check(criterion, name=text, progress=progress, **given, **options)
     except (ImportError, AttributeError, ValueError, RuntimeError) as error:
-        print(f"mmi-loss doctor: {words(error)}", file=sys.stderr)
+        print(f"mmi-loss doctor: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     print(json.dumps({**asdict(report), "passed": report.passed}, indent=2) if as_json else report)
     return int(any(SEVERITIES.index(f.severity) <= SEVERITIES.index(fail_on) for f in report.findings))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import multiprocessing
 import os
 import re
 import signal
+import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -18,6 +22,25 @@ GRACE = 5.0
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
+class CannotForkError(RuntimeError):
+    """Processes cannot be forked here, or are of no use; it says what to do."""
+
+
+@contextlib.contextmanager
+def ends_on_sigterm() -> Iterator[None]:
+    """SIGTERM, which would leave what was started behind, is an exit as any other, unless the caller handles it."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@ends_on_sigterm()
 def isolated(timeout: float, *calls: Call) -> list[Any]:
     """The answers of functions that run at once, in a process each, forked from this one: they need not pickle.
 
@@ -25,23 +48,27 @@ def isolated(timeout: float, *calls: Call) -> list[Any]:
     after another's error. If a process ends, all are ended, and every answer says how.
 
     Raises:
-        ValueError: This system has no fork (Windows).
+        CannotForkError: This system has no fork (Windows), or autograd does not run in a forked process, as after a
+            backward on a GPU.
 
     Example:
         >>> isolated(9.0, (max, (1, 2)), (int, ("x",)))
         [2, "fails: ValueError: invalid literal for int() with base 10: 'x'"]
     """
+    if "fork" not in multiprocessing.get_all_start_methods():
+        raise CannotForkError("this system cannot fork processes: run the doctor in Linux (WSL, a container)")
     context = multiprocessing.get_context("fork")
     owners: dict[Any, Any] = {}
     answers: dict[Any, Any] = {}
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
-            for call in calls:
-                receive, send = context.Pipe(duplex=False)
-                owners[receive] = context.Process(target=_answer, args=(send, *call), daemon=True)
-                owners[receive].start()
-                send.close()  # before the next fork, which would hold it open after this process has ended
+        for call in calls:
+            receive, send = context.Pipe(duplex=False)
+            process = context.Process(target=_answer, args=(send, *call), daemon=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
+                process.start()
+            owners[receive] = process
+            send.close()  # before the next fork, which would hold it open after this process has ended
         left = timeout
         while len(answers) < len(calls):
             ready: list[Any] = wait([receive for receive in owners if receive not in answers], timeout=0.5)
@@ -51,12 +78,13 @@ def isolated(timeout: float, *calls: Call) -> list[Any]:
             for receive in ready:
                 try:
                     answers[receive] = receive.recv()
-                    if isinstance(answers[receive], str):
-                        left = min(left, GRACE)
                 except EOFError:
                     owners[receive].join(5)
                     code = owners[receive].exitcode or 0
                     return [f"ends the process ({signal.Signals(-code).name if code < 0 else code})"] * len(calls)
+                if isinstance(answers[receive], CannotForkError):
+                    raise answers[receive]
+                left = min(left, GRACE) if isinstance(answers[receive], str) else left
         return [answers[receive] for receive in owners]
     finally:
         for receive, process in owners.items():
@@ -72,11 +100,19 @@ def words(error: BaseException) -> str:
 
 
 def _answer(send: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    gc.freeze()  # what was there stays: collecting it would copy its memory
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # others do not survive a fork
+    try:
+        torch.zeros((), requires_grad=True).backward()
+    except RuntimeError as error:
+        remedy = "use the command mmi-loss doctor, a new process; on macOS, Linux in a container"
+        send.send(CannotForkError(f"no autograd in a forked process: {remedy} ({words(error)})"))
+        return
     try:
         answer = function(*arguments)
     except Exception as error:
