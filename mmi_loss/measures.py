@@ -50,7 +50,7 @@ class Measures:
 
     def reset(self) -> None:
         """Forget all samples."""
-        self._rows, self._largest = torch.zeros(0, 0), torch.zeros(0)
+        self._rows, self._largest, self._origin = torch.zeros(0, 0), torch.zeros(0), torch.zeros(0)
         self._count, self._stored, self._views = 0, 0.0, 0
 
     @torch.no_grad()
@@ -68,10 +68,12 @@ class Measures:
                 f"{len(views)} views of {z_a.shape[1]} features after {self._views} of "
                 f"{len(self._largest) // self._views}: reset() before samples of another kind"
             )
-        rows, largest = torch.cat([x.new_ones(len(x), 1), x], 1), x.abs().amax(0)
+        # About any one sample, rounding makes nothing of features that are constant.
+        origin = self._origin if self._count else x[0]
+        rows, largest = torch.cat([x.new_ones(len(x), 1), x - origin], 1), x.abs().amax(0)
         if self._count:
             rows, largest = torch.cat([self._rows, rows]), torch.maximum(self._largest, largest)
-        self._rows, self._largest = _triangular(rows, at_least=2), largest
+        self._rows, self._largest, self._origin = _triangular(rows, at_least=2), largest, origin
         self._count, self._views = self._count + len(x), len(views)
         self._stored = max(self._stored, *map(diagnostics.stored, views))
 
@@ -85,13 +87,14 @@ class Measures:
             ValueError: No rank has seen a sample.
             RuntimeError: Ranks have seen embeddings of different widths or numbers of views.
         """
-        rows, largest, count, stored, views = self._over_ranks()
+        rows, largest, origin, count, stored, views = self._over_ranks()
         if count == 0:
             raise ValueError("no samples yet: call update(z_a, z_b) first")
         rows = _triangular(rows)
         # What rounding makes of a constant: in the samples as they were stored, and in the factorisation.
         constant = (4 * stored + 16 * torch.finfo(rows.dtype).eps) * largest
         # The first row is what the samples have in common: without it they are centred.
+        rows[:1, 1:] += rows[:1, :1] * origin
         moments = [
             diagnostics.Moments(view[:1], view[1:], count, of_view)
             for view, of_view in zip(rows[:, 1:].tensor_split(views, 1), constant.tensor_split(views), strict=True)
@@ -115,11 +118,11 @@ class Measures:
                 values[name] = measure()
         return values
 
-    def _over_ranks(self) -> tuple[Tensor, Tensor, int, float, int]:
-        """Rows, largest values, number of samples, precision and number of views, of all ranks together."""
+    def _over_ranks(self) -> tuple[Tensor, Tensor, Tensor, int, float, int]:
+        """Rows, largest values, origin, number of samples, precision and number of views, of all ranks together."""
         group = self.process_group
         if not is_active(group):
-            return self._rows, self._largest, self._count, self._stored, self._views
+            return self._rows, self._largest, self._origin, self._count, self._stored, self._views
         on_gpu = not self._count and dist.get_backend(group) == "nccl"  # one that has seen nothing takes part
         device = torch.device("cuda") if on_gpu else self._rows.device
         own = torch.tensor(
@@ -129,17 +132,19 @@ class Measures:
         dist.all_gather(every, own, group=group)
         seen = [[float(x) for x in one] for one in every if one[2] > 0]
         if not seen:
-            return self._rows, self._largest, 0, 0.0, 0
+            return self._rows, self._largest, self._origin, 0, 0.0, 0
         if len({(columns, views) for _, columns, _, views, _ in seen}) > 1:
             kinds = [f"{int(one[3])} views of {int(one[1] - 1) // max(1, int(one[3]))}" for one in every]
             raise RuntimeError(f"ranks have seen embeddings of different kinds: {', '.join(kinds)} features")
         columns, views = int(seen[0][1]), int(seen[0][3])
         rows = self._rows if self._count else torch.zeros(0, columns, dtype=torch.float64, device=device)
-        largest = self._largest if self._count else rows.new_zeros(columns - 1)
+        own_vectors = [self._largest, self._origin] if self._count else [rows.new_zeros(columns - 1)] * 2
+        vectors: Tensor = Concatenate.apply(torch.stack(own_vectors)[None], [1] * len(every), group)
+        origin = vectors[next(i for i, one in enumerate(every) if one[2] > 0), 1]  # the first one becomes everybody's
+        rows = torch.cat([rows[:, :1], rows[:, 1:] + rows[:, :1] * (own_vectors[1] - origin)], 1)
         gathered: Tensor = Concatenate.apply(rows, [int(one[0]) for one in every], group)
-        all_largest: Tensor = Concatenate.apply(largest[None], [1] * len(every), group)
         count, stored = int(sum(one[2] for one in seen)), max(one[4] for one in seen)
-        return gathered, all_largest.amax(0), count, stored, views
+        return gathered, vectors[:, 0].amax(0), origin, count, stored, views
 
 
 def _triangular(rows: Tensor, at_least: int = 0) -> Tensor:

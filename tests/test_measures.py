@@ -93,15 +93,21 @@ def test_several_views():
 
 @pytest.mark.parametrize(
     "z",
-    [torch.full((64, 16), 0.3), torch.full((64, 16), 0.3).double(), torch.zeros(64, 16)],
-    ids=["a third", "in float64", "zeros"],
+    [
+        torch.full((64, 16), 0.3),
+        torch.full((64, 16), 0.3, dtype=torch.float64),
+        torch.zeros(64, 16),
+        torch.linspace(0.1, 0.2, 130, dtype=torch.float64).expand(500, 130),  # many enough to be accumulated
+    ],
+    ids=["a third", "in float64", "zeros", "accumulated"],
 )
 def test_constant_embeddings_hold_nothing(z):
     for value in (diagnostics.participation_ratio(z), diagnostics.lidar(z, z), diagnostics.content_information(z, z)):
         assert value.item() == 0
     assert diagnostics.rank_me(z).item() == pytest.approx(1, abs=1e-4)
     measures = Measures()
-    measures.update(z, z)
+    for part in z.split(50):
+        measures.update(part, part)
     found = measures.compute()
     assert all(found[name] == 0 for name in ("effective_rank", "participation_ratio", "lidar", "content_information"))
 
