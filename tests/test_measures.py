@@ -104,7 +104,7 @@ def test_several_views():
 def test_constant_embeddings_hold_nothing(z):
     for value in (diagnostics.participation_ratio(z), diagnostics.lidar(z, z), diagnostics.content_information(z, z)):
         assert value.item() == 0
-    assert diagnostics.rank_me(z).item() == pytest.approx(1, abs=1e-4)
+    assert diagnostics.rank_me(z).item() == pytest.approx(1, abs=1e-3)  # its epsilon counts once a feature
     measures = Measures()
     for part in z.split(50):
         measures.update(part, part)
