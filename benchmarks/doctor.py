@@ -70,7 +70,7 @@ def losses(checkout: Path | None) -> Iterator[tuple[str, str, str, Any]]:
     if checkout:
         version = environment.output(["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"])
         for name, function in solo_learn(checkout, SOLO_LEARN).items():
-            yield "solo-learn", version, f"{name}_loss_func", function
+            yield "solo-learn", version, f"{name.removeprefix('solo-learn ')}_loss_func", function
 
 
 def examine(library: str, name: str, criterion: Any) -> list[Row]:
