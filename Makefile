@@ -70,4 +70,4 @@ $(OLDEST)/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
