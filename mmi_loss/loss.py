@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
-def _sums(views: Sequence[Tensor]) -> Tensor:
-    return torch.cat([z.detach().sum(axis, dtype=torch.float64) for z in views for axis in (0, 1)])
+def _edges(views: Sequence[Tensor]) -> Tensor:
+    """First row and column of every view: they tell calls apart, and all of it need not be read."""
+    return torch.cat([edge.detach().flatten() for z in views for edge in (z[:1], z[:, :1])])
 
 
 class MMILoss(nn.Module):
@@ -146,32 +148,32 @@ class MMILoss(nn.Module):
         step, is_transformed = self.step, torch._C._are_functorch_transforms_active()
         if is_in_backward and self._without_gradient:
             views, step = self._recalled(views)
+        hooks: AbstractContextManager[None] = nullcontext()
         if torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
             # Activation checkpointing keeps nothing of a region, and runs it again for what its backward needs, when
             # the counter has gone on. Its hooks do not see what is saved under these, which is small.
-            with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach):
-                result = function(views, step, self.options)
-        else:
+            hooks = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach)
+        with hooks:
             result = function(views, step, self.options)
         if is_in_backward:
             return result
         if not (torch.is_grad_enabled() or torch.is_inference_mode_enabled() or is_transformed):
-            self._without_gradient = [*self._without_gradient[-15:], (step.clone(), _sums(views))]
+            self._without_gradient = [*self._without_gradient[-15:], (step.clone(), _edges(views))]
         if self.training:
             with torch._C._DisableFuncTorch():  # its transforms forbid what they would not differentiate
                 self.step.add_(1)
         return result
 
     _without_gradient: Sequence[tuple[Tensor, Tensor]] = ()
-    """Step and sums of the views of the last calls under ``no_grad``."""
+    """Step and edges of the views of the last calls under ``no_grad``."""
 
     def _recalled(self, views: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
         """The views with the step of the earlier call that had them. Reentrant activation checkpointing runs a forward
         without gradient, and again from within the backward. NaN in place of the views if no such call is known.
         """
-        records, sums = self._without_gradient, _sums(views)
+        records, edges = self._without_gradient, _edges(views)
         for i in reversed(range(len(records))):
-            if torch.equal(records[i][1], sums):  # it goes to the front: before it was one with equal views, if any
+            if torch.equal(records[i][1], edges):  # it goes to the front: before it was one with equal views, if any
                 self._without_gradient = [records[i], *records[:i], *records[i + 1 :]]
                 return views, records[i][0]
         return [z * math.nan for z in views], self.step
