@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmi_loss.options import Options, noise_floor
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -157,15 +159,15 @@ def lidar(z_a: Tensor | Moments, z_b: Tensor | Moments, *more: Tensor | Moments,
 
 
 def content_information(
-    z_a: Tensor | Moments, z_b: Tensor | Moments, *more: Tensor | Moments, snr: float = 64.0
+    z_a: Tensor | Moments, z_b: Tensor | Moments, *more: Tensor | Moments, snr: float | None = None
 ) -> Tensor:
     r"""I(Z; content) in nats of V >= 2 views (N, D): what one tells about what all share, :class:`mmi_loss.MMILoss`
     without its minus and without a slice.
 
     :math:`\tfrac12 \log\det(C + r) - \tfrac12 \log\det(W + r)` of standardised features, with the loss's noise floor
-    r = D / min(``snr``, N). It is not corrected for chance, which the floor limits: unrelated views of 64 features
-    show 0.4 nats in 256 samples. Source: Chang et al. 2024, https://arxiv.org/abs/2409.04747, Theorem 1; the floor and
-    the content are our reading.
+    r (:func:`mmi_loss.options.noise_floor`). It is not corrected for chance, which the floor limits: unrelated views
+    of 64 features show 0.4 nats in 256 samples. Source: Chang et al. 2024, https://arxiv.org/abs/2409.04747, Theorem 1; the
+    floor and the content are our reading.
 
     Example:
         >>> from mmi_loss import MMILoss
@@ -178,7 +180,9 @@ def content_information(
     total = between.mT @ between / n + inner * (views - 1) / views
     deviation = total.diagonal().sqrt()
     weight = torch.where(deviation > constant, 1 / deviation, 0.0)  # a constant adds nothing to either determinant
-    signal = torch.outer(weight, weight) * (min(snr, n) / len(total))
+    factor, least = noise_floor(Options(snr=snr), len(total), n, total.dtype)
+    noise = (factor * (inner.diagonal() * weight.square()).mean()).clamp(min=least)
+    signal = torch.outer(weight, weight) / noise
     log_dets = [torch.linalg.slogdet(torch.eye(len(m)).to(m) + m * signal).logabsdet for m in (total, inner)]
     return (log_dets[0] - log_dets[1]) / 2
 

@@ -22,7 +22,7 @@ from mmi_loss.diagnostics import mutual_information
 from mmi_loss.ops import slices, triton
 from mmi_loss.ops.covariance import CovarianceLoss, Shared
 from mmi_loss.ops.gram import gram_loss
-from mmi_loss.options import Options, OptionTypes, shows_options
+from mmi_loss.options import Options, OptionTypes, noise_floor, shows_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -83,7 +83,7 @@ def components(views: Sequence[Tensor], step: int | Tensor, options: Options) ->
     row = options.row
     # log det(I + M / noise) to the differential entropy of the features plus noise, one constant for each view.
     log_noises = torch.stack(
-        [torch.as_tensor(noise, dtype=log_dets.dtype, device=log_dets.device).log() for noise in noises]
+        [torch.as_tensor(noise, dtype=log_dets.dtype, device=log_dets.device).log().mean() for noise in noises]
     )
     constants = torch.tensor(widths).to(log_dets) / 2 * (math.log(2 * math.pi * math.e) + log_noises)
     of_moments = [constants[0] if row.is_pooled else constants[first:last].sum() for first, last in row.moments]
@@ -92,32 +92,11 @@ def components(views: Sequence[Tensor], step: int | Tensor, options: Options) ->
     return MMIComponents(value, -value.detach(), *(weights @ entropies))
 
 
-def noise_floor(options: Options, dim: int, samples: int | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """The noise under ``dim`` features in a determinant of a batch, in units of feature variance: our reading.
-
-    With ``noise = dim / snr`` the total variance of the embedding, ``dim``, is ``snr`` times the noise in one
-    direction: about ``snr`` directions can rise above it, however wide the projector. ``samples`` points span no more
-    directions than they are, and what rises above the noise in others is chance: ``noise = dim / min(snr, samples)``.
-    It also bounds the exact loss by ``snr / 2`` nats: log(1 + x) <= x, so half of log det(I + M / noise) is at most
-    half of tr M / noise. That is more than data hold (a million images are told apart by 14), and chance cannot fill
-    it: unrelated Gaussian views of 512 features show, on the default slice, 2.2 nats in 64 samples and 0.7 in 256; at a
-    ridge of 0.01, 78 and 10. ``samples`` in a tensor gives a tensor: reading it would wait for the device.
-    """
-    # Rounding perturbs the spectrum of a dim x dim correlation matrix by about dim * eps; a floor below that would make
-    # singular matrices indefinite.
-    least = 8 * dim * torch.finfo(dtype).eps
-    if options.ridge is not None:
-        return max(options.ridge, least)
-    if isinstance(samples, Tensor):
-        return (dim / samples.clamp(max=options.snr)).clamp(min=least)
-    return max(dim / min(options.snr, samples), least)
-
-
 class _Estimate(NamedTuple):
     loss: Tensor  # with gradient
     log_dets: Tensor  # (m, ...), constant
     widths: Sequence[int]  # features of each view in them
-    noises: Sequence[float | Tensor]  # under each of them
+    noises: Sequence[float | Tensor]  # under each of them: one, or of every slice
 
 
 def _estimate(views: Sequence[Tensor], step: int | Tensor, options: Options) -> _Estimate:
@@ -154,8 +133,9 @@ def _estimate(views: Sequence[Tensor], step: int | Tensor, options: Options) -> 
         refusal = triton.refusal(views, options, gathers)
         if refusal is None:
             width = min(views[0].shape[1], options.slice_dim or views[0].shape[1])
-            noise = float(noise_floor(options, width, len(views[0]), torch.float32))
-            return _Estimate(*triton.content_loss(views[0], views[1], step, options, noise), [width] * 2, [noise] * 2)
+            floor = noise_floor(options, width, len(views[0]), torch.float32)
+            value, log_dets, noise = triton.content_loss(views[0], views[1], step, options, floor)
+            return _Estimate(value, log_dets, [width] * 2, [noise] * 2)
         if options.impl == "triton":
             raise ValueError(f"impl='triton' cannot compute this loss: {refusal}. impl='eager' computes every loss")
     return _eager_estimate(views, step, options, dtype, gathers)
@@ -184,33 +164,30 @@ def _eager_estimate(
 
     # In a traced graph the number of samples is a symbol, which a tensor hides from what must be a number there.
     count = shared.samples if shared else views[0].new_full((), samples) if is_traced else samples
-    widths: list[int] = []
-    noises, estimates = [], []
-    for z in views:
-        if not widths or z.shape[-1] != widths[-1]:
-            noise = noise_floor(options, z.shape[-1], count, dtype)
-        widths.append(z.shape[-1])
-        noises.append(noise)
+    widths, estimates = [z.shape[-1] for z in views], []
+    floor = noise_floor(options, widths[0], count, dtype)
+    floors = [floor if width == widths[0] else noise_floor(options, width, count, dtype) for width in widths]
     is_computed = is_sliced and options.slice_kind != "coordinates"
     for group in combinations(range(len(views)), 2) if row.is_pairwise else [tuple(range(len(views)))]:
-        chosen, noise, columns = [views[i] for i in group], noises[group[0]], widths[0]
+        chosen, floor, columns = [views[i] for i in group], floors[group[0]], widths[0]
         if not row.is_pooled:
             widths_of_group = [widths[i] for i in group]
             columns = sum(widths_of_group)
             if widths_of_group[0] != widths_of_group[-1]:
-                floors = torch.stack([torch.as_tensor(noises[i], dtype=dtype, device=chosen[0].device) for i in group])
-                repeats = torch.tensor(widths_of_group, device=floors.device)
-                noise = floors.repeat_interleave(repeats, output_size=columns)
+                noises = [torch.as_tensor(floors[i][1], dtype=dtype, device=chosen[0].device) for i in group]
+                repeats = torch.tensor(widths_of_group, device=chosen[0].device)
+                floor = 0.0, torch.stack(noises).repeat_interleave(repeats, output_size=columns)
         # The rows of the other ranks are not here: shared statistics are covariances.
         if shared is None and len(group) * samples < columns:
-            estimates.append(gram_loss(row, noise, options.log_det, chosen, is_computed))
+            estimates.append(gram_loss(row, floor, options.log_det, chosen, is_computed))
         else:
             of_group = shared and Shared(shared.samples, [shared.means[i] for i in group], shared.reduce)
-            estimates.append(CovarianceLoss.apply(row, noise, options.log_det, of_group, is_computed, *chosen))
-    value, log_dets = estimates[0]
+            estimates.append(CovarianceLoss.apply(row, floor, options.log_det, of_group, is_computed, *chosen))
+    value, log_dets, noise = estimates[0]
     if len(estimates) > 1:
-        value, log_dets = (torch.stack(column).mean(0) for column in zip(*estimates, strict=True))
-    return _Estimate(value, log_dets, widths, noises)
+        value, log_dets = (torch.stack(column).mean(0) for column in list(zip(*estimates, strict=True))[:2])
+        noise = torch.cat([of_group.flatten() for _, _, of_group in estimates])
+    return _Estimate(value, log_dets, widths, [noise] * len(views) if row.is_pooled else [floor[1] for floor in floors])
 
 
 def _gather(

@@ -34,12 +34,12 @@ class MMILoss(nn.Module):
     covariance of one view's features, pooled over both and standardised, and W that of what differs between the views
     of an image, the default is
 
-    .. math:: L = -\tfrac12 \log\det(C + r) + \tfrac12 \log\det(W + r), \qquad r = k / \min(\text{snr}, N)
+    .. math:: L = -\tfrac12 \log\det(C + r) + \tfrac12 \log\det(W + r), \qquad r = k / N
 
     on a fresh random slice of k = ``slice_dim`` features each step. It is the mutual information between a view and the
     content both views share, seen through noise of variance r (our addition to the paper), and L half the logarithm of
     a Wilks' lambda of mean squares with that noise, images as groups. It is about 0 without information, and cannot go
-    below -snr / 2 nats, -32 by default (with another ``ridge`` it can). docs/migrating.md says which learning rate to
+    below -N / 2 nats (with another ``ridge`` it can). docs/migrating.md says which learning rate to
     use, docs/when-not.md when to take another loss.
 
     Args:
@@ -51,8 +51,7 @@ class MMILoss(nn.Module):
         num_slices: Slices per step, averaged.
         seed: With the step counter, determines the slices.
         snr: Noise floor: total feature variance over the noise variance in one direction, so about how many directions
-            the loss can tell apart, at most one per sample (:func:`mmi_loss.functional.noise_floor`). None: 64, unless
-            a ``ridge`` is given.
+            the loss can tell apart, if fewer than one per sample (:func:`mmi_loss.options.noise_floor`).
         ridge: The noise variance itself, in units of feature variance; at least what the dtype resolves, ``8 dim eps``.
         logdet: ``"cholesky"`` is exact; ``"taylor"`` the paper's truncated series.
         order: Order of the series, for ``logdet="taylor"``.

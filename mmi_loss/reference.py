@@ -21,25 +21,22 @@ if TYPE_CHECKING:
 
 def loss(
     views: Sequence[Tensor], step: int | Tensor, options: Options
-) -> tuple[Tensor, Tensor, list[int], list[float]]:
+) -> tuple[Tensor, Tensor, list[int], list[Tensor]]:
     """The loss of views (N, D), its log-determinants (m, S), and of each view its features in them and their noise."""
     dtype = functools.reduce(torch.promote_types, [z.dtype for z in views], torch.float32)
     slices = [_slices(z.to(dtype), torch.as_tensor(step, device="cpu"), options) for z in views]
     # NaN everywhere if an input that no slice holds is not finite.
     poison = torch.stack([z.to(dtype).sum() * 0 for z in views]).sum()
     slices = [z.expand(max(map(len, slices)), -1, -1) + poison for z in slices]
-    # In an exported program the number of samples is a symbol.
-    noises = [options.ridge or z.shape[2] / torch.sym_min(options.snr, z.shape[1]) for z in slices]
-    least = [8 * z.shape[2] * torch.finfo(dtype).eps for z in slices]
-    noises = list(map(torch.sym_max, noises, least))
     groups = list(itertools.combinations(range(len(views)), 2)) if options.row.is_pairwise else [range(len(views))]
     # Features that were projected differ by rounding where they are constant; given ones do not.
     is_sliced = options.slice_dim is not None and options.slice_dim < max(z.shape[1] for z in views)
     is_computed = is_sliced and options.slice_kind != "coordinates"
-    estimates = [
-        _log_dets([slices[i] for i in group], [noises[i] for i in group], is_computed, options) for group in groups
-    ]
-    log_dets = torch.stack(estimates).mean(0)
+    estimates = [_log_dets([slices[i] for i in group], is_computed, options) for group in groups]
+    log_dets = torch.stack([log_dets for log_dets, _ in estimates]).mean(0)
+    noises = [torch.stack([noise for _, noise in estimates])] * len(views)
+    if not options.row.is_pooled:
+        noises = [_noise(z, None, options) for z in slices]
     weights = torch.tensor(options.row.conditional_entropy) - torch.tensor(options.row.entropy_a)
     value = (weights.to(log_dets) @ log_dets).mean() / 2
     return value, log_dets.detach(), [z.shape[2] for z in slices], noises
@@ -86,27 +83,38 @@ def _scramble(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def _log_dets(views: list[Tensor], noises: list[float], is_computed: bool, options: Options) -> Tensor:
-    """Log det(I + M_j / noise) of every moment of the objective, (m, S), from views (S, N, k)."""
+def _noise(z: Tensor, within: Tensor | None, options: Options) -> Tensor:
+    """Of each slice (S, 1, 1), under the features of slices (S, N, k)."""
+    # In an exported program the number of samples is a symbol.
+    noise: float = options.ridge or z.shape[2] / torch.sym_min(options.snr or 64.0, z.shape[1])  # type: ignore[assignment]
+    share = torch.ones(len(z), 1, 1).to(z)
+    if within is not None and options.ridge is options.snr is None:
+        share = within.detach().clamp(min=torch.sym_min(64.0, z.shape[1]) / (4 * z.shape[1]))
+    return (share * noise).clamp(min=8 * z.shape[2] * torch.finfo(z.dtype).eps)
+
+
+def _log_dets(views: list[Tensor], is_computed: bool, options: Options) -> tuple[Tensor, Tensor]:
+    """Log det(I + M_j / noise) of every moment of the objective, (m, S), from views (S, N, k), and the noise."""
     row, origins = options.row, [z[:, :1].detach() for z in views]
     if row.is_pooled:
-        pooled = _standardise(torch.cat(views, 1), origins[0], is_computed) / noises[0] ** 0.5
+        pooled = _standardise(torch.cat(views, 1), origins[0], is_computed)
         by_view = pooled.unflatten(1, (len(views), -1))
         contrasts = torch.einsum("iv,svnk->isnk", _helmert(len(views)).to(pooled), by_view)
-        rows = [torch.cat(list(contrasts[i:j]), 1) for i, j in row.moments]
+        noise = _noise(views[0], contrasts[1:].square().mean((0, 2, 3))[:, None, None], options)
+        rows = [torch.cat(list(contrasts[i:j] / noise.sqrt()), 1) for i, j in row.moments]
     else:
-        triples = zip(views, origins, noises, strict=True)
-        scaled = [_standardise(z, origin, is_computed) / noise**0.5 for z, origin, noise in triples]
-        rows = [torch.cat(scaled[i:j], -1) for i, j in row.moments]
+        pairs = zip(views, origins, strict=True)
+        scaled = [_standardise(z, origin, is_computed) / _noise(z, None, options).sqrt() for z, origin in pairs]
+        noise, rows = _noise(views[0], None, options), [torch.cat(scaled[i:j], -1) for i, j in row.moments]
     matrices = [x.mT @ x / x.shape[1] + torch.eye(x.shape[2]).to(x) for x in rows]
     if options.logdet == "cholesky":
-        return torch.stack([torch.linalg.slogdet(matrix).logabsdet for matrix in matrices])
+        return torch.stack([torch.linalg.slogdet(matrix).logabsdet for matrix in matrices]), noise
     # Fourth-power norms relative to the trace, whose powers overflow.
     traces = torch.stack([_trace(matrix) for matrix in matrices])
     relative = [matrix / t[:, None, None] for matrix, t in zip(matrices, traces, strict=True)]
     norms = torch.stack([_trace(r @ r @ r @ r) for r in relative]) ** 0.25 * traces
     scale = norms.amax(0) / options.beta
-    return torch.stack([_series(matrix, scale, options.order) for matrix in matrices])
+    return torch.stack([_series(matrix, scale, options.order) for matrix in matrices]), noise
 
 
 def _helmert(num_views: int) -> Tensor:

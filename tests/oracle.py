@@ -12,18 +12,22 @@ def _numpy(z):
     return z if isinstance(z, np.ndarray) else z.detach().double().cpu().numpy()
 
 
-def information(views, objective="content", ridge=None, snr=64.0, **series):
+def information(views, objective="content", ridge=None, snr=None, **series):
     """I in nats of V views (N, D) on all features; of pairs the mean over all. Joint views may differ in width."""
     views = [_numpy(view) for view in views]
     if objective != "content" and len(views) > 2:
         return np.mean([information(pair, objective, ridge, snr, **series) for pair in combinations(views, 2)])
-    noises = [ridge or view.shape[1] / min(snr, len(view)) for view in views]
+    noises = [ridge or view.shape[1] / min(snr or 64, len(view)) for view in views]
     if objective == "joint":
         pairs = zip(views, noises, strict=True)
         x = np.concatenate([(z - z.mean(0)) / (z.std(0) * noise**0.5) for z, noise in pairs], 1)
         joint, dim = x.T @ x / len(x), views[0].shape[1]
         return half_sum([1, 1, -1], [joint[:dim, :dim], joint[dim:, dim:], joint], **series)
-    total, between, within = (moment / noises[0] for moment in moments(views))
+    total, between, within = moments(views)
+    noise = noises[0]
+    if ridge is snr is None:
+        noise = max(noise * within.trace() / len(within), len(within) / len(views[0]) / 4)
+    total, between, within = (moment / noise for moment in (total, between, within))
     if objective == "content":
         return half_sum([1, -1], [total, within], **series)
     # The joint covariance of exchangeable views is block diagonal in their sum and their difference.

@@ -99,7 +99,7 @@ def test_options_are_keyword_only_and_immutable():
     with pytest.raises(AttributeError, match=r"make a new MMILoss\(snr=...\) instead"):
         MMILoss().options.snr = 3.0
     assert Options(**Options(ridge=0.1, seed=3).given()).given() == Options(ridge=0.1, seed=3).given()
-    assert (Options().snr, Options(snr=None).snr, Options(ridge=0.1).snr) == (64, 64, None)
+    assert (Options().snr, Options(snr=7).snr, Options(ridge=0.1).snr) == (None, 7.0, None)
 
 
 def test_signatures_list_the_options():

@@ -50,7 +50,7 @@ def relative_error(ours, truth):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("noise_floor", [{"snr": 64}, {"ridge": Fraction(3, 10)}, {"snr": np.float64(2)}], ids=str)
+@pytest.mark.parametrize("noise_floor", [{}, {"snr": 64}, {"ridge": Fraction(3, 10)}, {"snr": np.float64(2)}], ids=str)
 def test_value_is_the_oracles(impl, objective, shape, noise_floor):
     pair = views(*shape)
     expected = -oracle.information(pair, objective, **{name: float(value) for name, value in noise_floor.items()})
@@ -125,13 +125,28 @@ def test_slices_are_the_references(objective, kind, logdet, samples, num_views, 
 @pytest.mark.parametrize("shape", [(16, 5), (4, 12)])
 def test_gradcheck(objective, shape):
     for given in (views(*shape), more_views(*shape, num_views=4)):
-        assert torch.autograd.gradcheck(lambda *z: mmi_loss_multiview(z, objective=objective, slice_dim=None), given)
+        options = {"objective": objective, "slice_dim": None, "snr": 3.0}
+        assert torch.autograd.gradcheck(lambda *z, o=options: mmi_loss_multiview(z, **o), given)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("objective", ["content", "exchangeable"])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("shape", [(90, 5), (9, 40)])
+def test_the_floor_follows_what_differs_between_views_as_a_constant(shape, spread, objective, impl):
+    """Not below a quarter of a sample's own variance; with the gradient of a ridge of that size."""
+    pair, (n, dim) = views(*shape, noise=spread), shape
+    within = oracle.moments(pair)[2].trace() / dim
+    noise = max(within * dim / min(64, n), dim / n / 4)
+    assert (noise == dim / n / 4) == (spread == 0.1)
+    options = {"objective": objective, "slice_dim": None, "impl": impl}
+    assert_same(value_and_gradients(pair, **options), value_and_gradients(pair, ridge=noise, **options))
 
 
 @pytest.mark.parametrize("kind", SLICE_KINDS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_gradcheck_of_slices(kind, objective):
-    options = {"objective": objective, "slice_dim": 3, "num_slices": 2, "slice_kind": kind}
+    options = {"objective": objective, "slice_dim": 3, "num_slices": 2, "slice_kind": kind, "snr": 5.0}
     assert torch.autograd.gradcheck(lambda a, b: mmi_loss(a, b, **options), views(9, 7))
 
 
@@ -185,7 +200,10 @@ def test_an_added_objective_works_on_every_route(name, logdet, shape, monkeypatc
         else:
             x = np.concatenate([(z - z.mean(0)) / z.std(0) for z in given], 1)
             of_ranges = {(0, 1): x[:, :dim].T @ x[:, :dim] / n, (0, None): x.T @ x / n}
-        snr = [of_ranges[range_] * min(64, n) / dim for range_ in ranges]
+        noise = dim / min(64, n)
+        if is_pooled:
+            noise = max(noise * oracle.moments(given)[2].trace() / dim, dim / n / 4)
+        snr = [of_ranges[range_] / noise for range_ in ranges]
         return oracle.half_sum(np.subtract(conditional, entropy), snr, **series)
 
     for num_views, impl in itertools.product((2, 3), IMPLS):
@@ -201,7 +219,7 @@ def test_an_added_objective_works_on_every_route(name, logdet, shape, monkeypatc
             loss = mmi_loss_multiview(given, slice_dim=5, num_slices=2, slice_kind=kind, step=4, **options)
             assert loss.item() == pytest.approx(np.mean(every), rel=1e-7)
     for slice_dim in (None, 5):
-        options = {"objective": name, "slice_dim": slice_dim, "num_slices": 2 if slice_dim else 1, **logdet}
+        options = {"objective": name, "slice_dim": slice_dim, "num_slices": 2 if slice_dim else 1, "snr": 5.0, **logdet}
         assert torch.autograd.gradcheck(lambda *z, o=options: mmi_loss_multiview(z, **o), given)
 
 
@@ -246,12 +264,14 @@ def test_analytic_mutual_information(rho):
 
 
 def test_no_more_directions_than_samples_rise_above_the_noise():
-    for objective, (n, dim) in itertools.product(OBJECTIVES, [(12, 5), (12, 40)]):
+    for objective, (n, dim) in itertools.product(OBJECTIVES, [(12, 5), (12, 40), (300, 7)]):
         options = {"objective": objective, "slice_dim": None}
-        losses = [mmi_loss(*views(n, dim), **options, **floor) for floor in ({}, {"snr": 12.0}, {"ridge": dim / 12})]
+        floors = ({"snr": float(n)}, {"snr": 1e9}, {"ridge": dim / n})
+        losses = [mmi_loss(*views(n, dim), **options, **floor) for floor in floors]
         assert losses[0] == losses[1] == losses[2]
         assert mmi_loss(*views(n, dim), **options, snr=6.0) == mmi_loss(*views(n, dim), **options, ridge=dim / 6)
-    assert mmi_loss(*views(12, 40, noise=1e-3)).item() > -12 / 2
+    for floor, bound in (({"snr": 99.0}, -12 / 2), ({}, -2 * 12)):
+        assert 0.3 * bound > mmi_loss(*views(12, 40, noise=1e-3), **floor).item() > bound
 
 
 def test_slice_is_the_loss_of_its_features():
@@ -299,7 +319,10 @@ def test_components(objective, dims, num_views):
     for view, entropy in zip(pair, (parts.entropy_a, parts.entropy_b), strict=True):
         like = view if objective == "joint" else torch.cat(pair)
         x = ((like - like.mean(0)) / like.std(0, correction=0)).detach().numpy()
-        covariance = x.T @ x / len(x) + x.shape[1] / 20 * np.eye(x.shape[1])
+        noise = x.shape[1] / 20
+        if objective != "joint":
+            noise = max(noise * np.trace(oracle.moments(pair)[2]) / x.shape[1], noise / 4)
+        covariance = x.T @ x / len(x) + noise * np.eye(x.shape[1])
         assert entropy.item() == pytest.approx(0.5 * np.linalg.slogdet(2 * np.pi * np.e * covariance)[1], rel=1e-9)
 
 

@@ -39,11 +39,11 @@ NOISES = torch.tensor([0.7] * 3 + [0.3] * 4, dtype=torch.float64)
 
 
 def covariance_loss(objective, log_det, noise=0.7, is_computed=False):
-    return lambda *z: CovarianceLoss.apply(OBJECTIVES[objective], noise, log_det, None, is_computed, *z)[0]
+    return lambda *z: CovarianceLoss.apply(OBJECTIVES[objective], (0.0, noise), log_det, None, is_computed, *z)[0]
 
 
 def gram(objective, log_det, noise=0.7, is_computed=False):
-    return lambda *z: gram_loss(OBJECTIVES[objective], noise, log_det, z, is_computed)[0]
+    return lambda *z: gram_loss(OBJECTIVES[objective], (0.0, noise), log_det, z, is_computed)[0]
 
 
 def sliced(block_dim):

@@ -29,6 +29,7 @@ sizes = st.tuples(st.integers(2, 32), st.integers(1, 32))
 seeds = st.integers(0, 2**31)
 objectives = st.sampled_from(list(OBJECTIVES))
 snrs = st.floats(0.1, 1000)
+floors = st.none() | snrs  # by default the noise is that of the batch
 half_dtypes = st.sampled_from([torch.float16, torch.bfloat16])
 floating_dtypes = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])
 slice_options = st.fixed_dictionaries(
@@ -112,7 +113,7 @@ def assert_same(ours, expected):
     objective=objectives,
     options=slice_options,
     log_det=log_dets,
-    snr=snrs,
+    snr=floors,
     num_views=st.integers(2, 4),
 )
 def test_estimators_agree_with_the_reference(shape, seed, objective, options, log_det, snr, num_views):
@@ -123,26 +124,26 @@ def test_estimators_agree_with_the_reference(shape, seed, objective, options, lo
     assert_same(backward(views, impl="eager", **options), backward(views, impl="reference", **options))
 
 
-@given(shape=sizes, seed=seeds, objective=objectives, num_views=st.integers(2, 4), log_det=log_dets, snr=snrs)
+@given(shape=sizes, seed=seeds, objective=objectives, num_views=st.integers(2, 4), log_det=log_dets, snr=floors)
 def test_covariance_and_gram_routes_agree(shape, seed, objective, num_views, log_det, snr):
     """At every shape, not only where each is chosen."""
     options = Options(objective=objective, slice_dim=None, snr=snr, **log_det)
-    noise = noise_floor(options, shape[1], shape[0], torch.float64)
+    floor = noise_floor(options, shape[1], shape[0], torch.float64)
     views = draw_views(shape, seed, num_views=num_views if objective == "content" else 2)
     covariance = backward(
-        views, lambda z: CovarianceLoss.apply(options.row, noise, options.log_det, None, False, *z)[0]
+        views, lambda z: CovarianceLoss.apply(options.row, floor, options.log_det, None, False, *z)[0]
     )
-    assert_same(covariance, backward(views, lambda z: gram_loss(options.row, noise, options.log_det, z, False)[0]))
+    assert_same(covariance, backward(views, lambda z: gram_loss(options.row, floor, options.log_det, z, False)[0]))
 
 
-@given(shape=sizes, seed=seeds, objective=objectives, snr=snrs)
+@given(shape=sizes, seed=seeds, objective=objectives, snr=floors)
 def test_all_features_agree_with_numpy(shape, seed, objective, snr):
     pair = draw_views(shape, seed)
     expected = oracle.information(pair, objective, snr=snr)
     assert_close(information(pair, objective=objective, slice_dim=None, snr=snr), expected)
 
 
-@given(shape=sizes, seed=seeds, num_views=st.integers(2, 5), snr=snrs)
+@given(shape=sizes, seed=seeds, num_views=st.integers(2, 5), snr=floors)
 def test_more_views_agree_with_numpy(shape, seed, num_views, snr):
     """Content: an analysis of variance over all views; the others: the mean over pairs. In any order of the views."""
     views = draw_views(shape, seed, num_views=num_views)
@@ -231,7 +232,7 @@ def test_invariant_to_a_common_scale_and_shift(shape, seed, objective, options, 
     assert_close(moved, value, rel=1e-6, abs_=1e-7)
 
 
-@given(shape=sizes, seed=seeds, objective=objectives, log_det=log_dets, snr=snrs)
+@given(shape=sizes, seed=seeds, objective=objectives, log_det=log_dets, snr=floors)
 def test_invariant_to_order_sign_scale_and_mean_of_features(shape, seed, objective, log_det, snr):
     """Features are standardised: maps of single features change nothing; under "joint" each view may have its own."""
     pair = draw_views(shape, seed)
@@ -324,7 +325,7 @@ def test_series_bounds(shape, seed, objective, snr, order, beta):
         assert value >= -1e-8
 
 
-@given(shape=sizes, seed=seeds, objective=objectives, options=slice_options, log_det=log_dets, snr=snrs)
+@given(shape=sizes, seed=seeds, objective=objectives, options=slice_options, log_det=log_dets, snr=floors)
 def test_components_add_up(shape, seed, objective, options, log_det, snr):
     pair = draw_views(shape, seed)
     options = {"objective": objective, "snr": snr, **options, **log_det}

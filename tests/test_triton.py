@@ -87,11 +87,12 @@ def of_route(route):
 
 def content_loss(pair, step=3, ridge=0.25, slice_dim=None, **options):
     step = torch.tensor(step, device=pair[0].device)
-    return kernels.content_loss(*pair, step, Options(slice_dim=slice_dim, **options), ridge)[0]
+    floor = (0.0, ridge) if isinstance(ridge, float) else ridge
+    return kernels.content_loss(*pair, step, Options(slice_dim=slice_dim, **options), floor)[0]
 
 
 def plain_loss(pair, slice_dim=None, num_slices=1, step=3, seed=0, ridge=0.25, dtype=torch.float64):
-    """The definition, in plain torch."""
+    """In plain torch. ``ridge`` is the noise; or a factor of what differs between views, and the least."""
     views, (n, dim) = torch.stack([z.to(dtype) for z in pair])[:, None], pair[0].shape
     if slice_dim is not None:
         projections = oracle.slices(np.eye(dim), slice_dim, num_slices, "kronecker", seed, step)
@@ -100,6 +101,9 @@ def plain_loss(pair, slice_dim=None, num_slices=1, step=3, seed=0, ridge=0.25, d
     variance = centred.square().mean((0, 2), keepdim=True)
     a, b = centred / variance.where(variance > 0, math.inf).sqrt()
     moments = torch.stack([a.mT @ a + b.mT @ b, (a - b).mT @ (a - b)]) / (2 * n)
+    if not isinstance(ridge, float):
+        share = moments[1].diagonal(dim1=-2, dim2=-1).mean(-1).detach()
+        ridge = (share * ridge[0]).clamp(min=ridge[1])[:, None, None]
     total, within = torch.logdet(torch.eye(a.shape[-1]).to(a) + moments / ridge)
     return (within - total).mean() / 2
 
@@ -145,6 +149,11 @@ CASES = [
     (21, 143, FLOAT32, {"slice_dim": 100, "seed": 2**40 + 7, "step": 2**33 + 5}),
     (5, 40, FLOAT32, {"slice_dim": 9, "num_slices": 3, "seed": 2**63, "step": 2**31}),
     (2, 12, FLOAT32, {"slice_dim": 8}),
+    (21, 90, FLOAT32, {"slice_dim": 32, "num_slices": 2, "ridge": (1.5, 0.01)}),
+    (90, 23, FLOAT32, {"ridge": (0.4, 0.01)}),
+    (16, 20, FLOAT32, {"ridge": (0.4, 0.7)}),
+    (70, 131, FLOAT32, {"ridge": (2.0, 0.1)}),
+    (20, 150, FLOAT32, {"ridge": (7.0, 0.1)}),
     (33, 90, BFLOAT16, {"slice_dim": 24}),
     (33, 90, HALF, {"slice_dim": 24, "ridge": 0.1}),
     (40, 6, FLOAT32, {}),
@@ -277,9 +286,9 @@ def factorise(moments, location=0.0, block_dim=0):
     """Loss, log dets, gradient matrices and diagonals of moments (2, k, k), by the kernel or by Cholesky."""
     moments, k = moments[:, None].float().to(DEVICE), moments.shape[-1]
     if k > kernels.MAX_SLICE_DIM:
-        return cholesky.factorise_moments(moments, 0.01, (-0.5, 0.5))
+        return cholesky.factorise_moments(moments, (0.0, 0.01), (-0.5, 0.5))
     centre, state = torch.full((2, 1, k), location, device=DEVICE), torch.zeros(2, dtype=torch.int32, device=DEVICE)
-    return launch.factor_kernel(moments[None], centre, state, block_dim, 0.01, (-0.5, 0.5))
+    return launch.factor_kernel(moments[None], centre, state, block_dim, (0.0, 0.01), (-0.5, 0.5))
 
 
 @pytest.mark.parametrize("k", [3, 40, 128, 129])
@@ -290,14 +299,14 @@ def test_factorisation(k):
     moments, inverse_std = x.mT @ x / k, (x.mT @ x / k)[0].diagonal().rsqrt()
     weight = inverse_std[:, None] * inverse_std / 0.01
     matrices = torch.eye(k, dtype=torch.float64) + moments * weight
-    loss, log_dets, grad, _ = factorise(moments)
+    loss, log_dets, _, grad, _ = factorise(moments)
     torch.testing.assert_close(log_dets[:, 0].cpu().double(), torch.logdet(matrices), rtol=1e-5, atol=1e-5)
     expected = torch.linalg.inv(matrices) * weight * torch.tensor([-0.5, 0.5])[:, None, None]
     assert relative_error(grad[:, 0].cpu(), expected) < 1e-4
     # The loss is a small difference of large numbers: it is as accurate as these.
     assert loss.item() == pytest.approx(float(log_dets[1] - log_dets[0]) / 2, abs=1e-6 * float(log_dets.abs().sum()))
     moments[1, k // 2, k // 2] *= -1e4
-    loss, log_dets, grad, diagonal = factorise(moments)
+    loss, log_dets, _, grad, diagonal = factorise(moments)
     assert log_dets[0].isfinite().all()
     assert all(x.isnan().all() for x in (loss, log_dets[1], grad[1], diagonal[1]))
 
@@ -308,7 +317,7 @@ def test_rounding_of_a_projected_feature_is_no_variance():
     for feature, roundings in ((1, 1), (2, 4)):
         moments[:, feature, feature] = (roundings * 1e3 * torch.finfo(FLOAT32).eps) ** 2
     for block_dim, counted in ((2, 3), (0, 4)):
-        _, log_dets, grad, diagonal = factorise(moments, location=1e3, block_dim=block_dim)
+        _, log_dets, _, grad, diagonal = factorise(moments, location=1e3, block_dim=block_dim)
         assert log_dets[0].item() == pytest.approx(counted * math.log(101), rel=1e-5)
         assert [bool(x[:, 0, 1].any()) for x in (grad, diagonal)] == [counted == 4] * 2
 
@@ -328,7 +337,7 @@ def test_compiled_in_one_graph(route, launches):
     step, settings = torch.tensor(3, device=DEVICE), Options(**options)
 
     def loss_fn(z_a, z_b):
-        return kernels.content_loss(z_a, z_b, step, settings, 8 / min(64, len(z_a)))[0]
+        return kernels.content_loss(z_a, z_b, step, settings, (0.0, 8 / len(z_a)))[0]
 
     compiled = torch.compile(loss_fn, fullgraph=True, backend="aot_eager" if DEVICE == "cpu" else "inductor")
     # The last batch is an incomplete one: its size is a symbol of the graph.
@@ -337,7 +346,7 @@ def test_compiled_in_one_graph(route, launches):
         del launches[:]
         ours = value_and_gradients(lambda leaves: compiled(*leaves), pair)
         assert launches
-        truth = value_and_gradients(plain_loss, [z.double() for z in pair], ridge=8 / min(64, samples), **options)
+        truth = value_and_gradients(plain_loss, [z.double() for z in pair], ridge=8 / samples, **options)
         assert max(map(relative_error, ours, truth)) < 1e-5
     torch.compiler.reset()
 
@@ -347,7 +356,14 @@ def test_operator_is_well_formed(route):
     """Schema, fake kernels and autograd registration, by torch's own checks."""
     (z_a, z_b), options = of_route(route)
     slice_dim = options["slice_dim"]
-    arguments = (torch.tensor(3, device=DEVICE), [1, 2], slice_dim or z_a.shape[1], 1, (slice_dim or 0) // 4, 0.5)
+    arguments = (
+        torch.tensor(3, device=DEVICE),
+        [1, 2],
+        slice_dim or z_a.shape[1],
+        1,
+        (slice_dim or 0) // 4,
+        [2.0, 0.5],
+    )
     pair = (z_a.requires_grad_(), z_b.requires_grad_())
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(operators.content_loss, (*pair, *arguments, [-0.5, 0.5]), test_utils=checks)

@@ -86,8 +86,8 @@ def compile_problem(name: str) -> list[str]:
     step, upstream = torch.empty((), dtype=torch.int64, device="meta"), torch.empty((), device="meta")
     block_dim = slice_dim // 4 if slice_dim else 0
     _launches.clear()
-    _, _, *saved = operators.content_loss._init_fn(
-        z_a, z_b, step, [0, 0], slice_dim or dim, num_slices, block_dim, 1.0, [-0.5, 0.5]
+    _, _, _, *saved = operators.content_loss._init_fn(
+        z_a, z_b, step, [0, 0], slice_dim or dim, num_slices, block_dim, [1.0, 0.1], [-0.5, 0.5]
     )
     operators.content_loss_backward._init_fn(upstream, z_a, z_b, *saved, block_dim, True, True)
     return list(_launches)

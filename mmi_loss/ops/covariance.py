@@ -19,6 +19,9 @@ LogDet = Callable[[Sequence[Tensor], Sequence[int], Weights], tuple[Tensor, list
 dets (sum of g, ...) in nats, and the gradient of their weighted sum with respect to each group, symmetric: new tensors.
 """
 
+Floor = tuple[Any, Any]
+"""Two numbers or tensors: :func:`mmi_loss.options.noise_floor`."""
+
 
 class Shared(NamedTuple):
     """What is known of a batch that several processes share, without gradient."""
@@ -93,6 +96,18 @@ def inverse_std(variance: Tensor, mean: Tensor | None = None) -> Tensor:
     return (variance.sqrt() / variance).masked_fill(variance <= floor, 0.0)
 
 
+def noise_of(floor: Floor, squares: Tensor, inverse_std: Tensor, samples: int | Tensor) -> Tensor:
+    """The noise (..., 1) by a floor, from the sums of squares (V, ..., k) of the contrasts: the larger of its second
+    number and its first times the share of a feature's variance that differs between views, mean over the features.
+    """
+    factor, least = floor
+    parts = len(squares)
+    if parts == 1:
+        return torch.as_tensor(least, dtype=squares.dtype, device=squares.device)
+    share = (squares[1:].sum(0) * inverse_std.square()).mean(-1, keepdim=True)
+    return share.mul_(factor / (parts * (parts - 1) * samples)).clamp_(min=least)
+
+
 def cholesky(groups: Sequence[Tensor], null_dims: Sequence[int], weights: Weights) -> tuple[Tensor, list[Tensor]]:
     """Exact log dets, a :data:`LogDet`, by one factorisation each. d log det A = tr(A^-1 dA). Where it fails they are
     NaN, where a GradScaler looks: checking on the host would wait, and both LAPACK and cuSOLVER leave finite numbers.
@@ -134,10 +149,12 @@ def weighted_sum(log_dets: Tensor, weights: Weights) -> Tensor:
 
 
 class CovarianceLoss(torch.autograd.Function):
-    """Loss (a scalar, in nats) and the constant log-determinants (m, S) it is made of, of views (S, N, k), or (N, k).
+    """Loss (a scalar, in nats), the constant log-determinants (m, S) it is made of, and the noise, of views (S, N, k),
+    or (N, k).
 
-    ``noise`` is in units of feature variance: one number, or (K,), one for every feature of views side by side.
-    ``is_computed``: features were not given as they are, but projected. With ``*`` elementwise and U_i the parts,
+    ``floor`` is what :func:`noise_of` takes; of views side by side its second number may be (K,), one for every
+    feature. The noise is a constant for the gradient. ``is_computed``: features were not given as they are, but
+    projected. With ``*`` elementwise and U_i the parts,
 
         L = 1/2 sum_j w_j log det A_j, averaged over slices,    A_j = I + n n^T * M_j,    n = 1 / (std V sqrt(N noise)),
         M_j = V / V_j sum_{i in j} P_i,    P_i = U_i^T U_i.
@@ -154,9 +171,9 @@ class CovarianceLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         # Unpacked here: as parameters, exactly two views make torch.compile under no_grad take them for another form.
-        objective, noise, log_det, shared, is_computed, *views = arguments
+        objective, floor, log_det, shared, is_computed, *views = arguments
         if objective.is_pooled:
             mean = None if shared is None else sum(shared.means[1:], shared.means[0]) / len(views)
             rows = contrasts(views, mean)
@@ -172,11 +189,12 @@ class CovarianceLoss(torch.autograd.Function):
         count: int | Tensor = samples
         if shared is not None:
             products, count = shared.reduce(products), shared.samples
-        variance = products.diagonal(dim1=-2, dim2=-1).sum(0).div_(parts**2 * count)
+        squares = products.diagonal(dim1=-2, dim2=-1)
+        variance = squares.sum(0).div_(parts**2 * count)
         is_rounded = is_computed or shared is not None
-        n = inverse_std(variance, location.select(-2, 0) if is_rounded else None).mul_(
-            (parts**2 * count * noise) ** -0.5
-        )
+        n = inverse_std(variance, location.select(-2, 0) if is_rounded else None)
+        noise = noise_of(floor, squares, n, count)
+        n = n.mul_((parts**2 * count * noise) ** -0.5)
         coefficients = []
         for first, last in objective.moments if objective.is_pooled else [(0, 1)]:
             row = [0.0] * parts
@@ -202,12 +220,12 @@ class CovarianceLoss(torch.autograd.Function):
         grad_products.diagonal(dim1=-2, dim2=-1).sub_(through_variance)
         ctx.save_for_backward(rows, grad_products)
         ctx.shared, ctx.widths = shared, None if objective.is_pooled else [z.shape[-1] for z in views]
-        ctx.mark_non_differentiable(log_dets)
-        return loss, log_dets
+        ctx.mark_non_differentiable(log_dets, noise)
+        return loss, log_dets, noise
 
     @staticmethod
     @closed_form
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         rows, grad_products = ctx.saved_tensors
         grad_products = grad_products * (grad / grad_products.shape[1])  # the loss is the mean over slices
         if ctx.shared is not None:

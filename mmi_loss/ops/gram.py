@@ -13,7 +13,16 @@ from torch import Tensor
 
 from mmi_loss.objectives import Objective
 from mmi_loss.ops.autograd import closed_form
-from mmi_loss.ops.covariance import LogDet, contrasts, gradients_of_views, inverse_std, side_by_side, weighted_sum
+from mmi_loss.ops.covariance import (
+    Floor,
+    LogDet,
+    contrasts,
+    gradients_of_views,
+    inverse_std,
+    noise_of,
+    side_by_side,
+    weighted_sum,
+)
 
 CHUNK = 128  # rows that the CPU works on at a time
 
@@ -61,8 +70,8 @@ class _GramLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        objective, noise, log_det, is_computed, *views = arguments  # see CovarianceLoss
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        objective, floor, log_det, is_computed, *views = arguments  # see CovarianceLoss
         samples, widths = views[0].shape[0], [z.shape[-1] for z in views]
         parts = contrasts(views) if objective.is_pooled else side_by_side(views)
         num_parts, _, dim = parts.shape
@@ -70,7 +79,10 @@ class _GramLoss(torch.autograd.Function):
         location = None
         if is_computed:
             location = views[0][0] if objective.is_pooled else torch.cat([z[0] for z in views])
-        n = inverse_std(column_dots(rows, rows).div_(weight), location).mul_((weight * noise) ** -0.5)
+        squares = torch.stack([column_dots(part, part) for part in parts])
+        n = inverse_std(squares.sum(0).div_(weight), location)
+        noise = noise_of(floor, squares, n, samples)
+        n = n.mul_((weight * noise) ** -0.5)
         rows = torch.mul(rows, n, out=None if torch.compiler.is_compiling() else rows)
         # The range of samples or of views that a moment takes, and its degrees of freedom.
         count = num_parts if objective.is_pooled else len(views)
@@ -97,21 +109,21 @@ class _GramLoss(torch.autograd.Function):
             chosen = [[f for (f,), r in zip(factors, ranges, strict=True) if view in r] for view in range(len(views))]
             total = torch.stack([torch.stack(of_view).sum(0) for of_view in chosen])
         # Where the loss is NaN, so is every gradient.
-        ctx.save_for_backward(rows, torch.add(n, loss, alpha=0), total)
-        ctx.num_parts, ctx.noise, ctx.widths = num_parts, noise, None if objective.is_pooled else widths
-        ctx.mark_non_differentiable(log_dets)
-        return loss, log_dets
+        ctx.save_for_backward(rows, torch.add(n, loss, alpha=0), total, noise)
+        ctx.num_parts, ctx.widths = num_parts, None if objective.is_pooled else widths
+        ctx.mark_non_differentiable(log_dets, noise)
+        return loss, log_dets, noise
 
     @staticmethod
     @closed_form
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        rows, n, total = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        rows, n, total, noise = ctx.saved_tensors
         if ctx.widths is None:
             grad_rows = total @ rows
         else:
             columns = zip(total, rows.split(ctx.widths, dim=-1), strict=True)
             grad_rows = torch.cat([factor @ column for factor, column in columns], dim=-1)
-        shrink = column_dots(grad_rows, rows).mul_(ctx.noise)
+        shrink = column_dots(grad_rows, rows).mul_(noise)
         grad_rows = grad_rows.addcmul_(rows, shrink, value=-1).mul_(n * grad)
         shared, *others = grad_rows.view(ctx.num_parts, -1, rows.shape[-1]).unbind()
         shared = torch.sub(shared, shared.mean(0), out=None if torch.compiler.is_compiling() else shared)
@@ -120,11 +132,13 @@ class _GramLoss(torch.autograd.Function):
 
 
 def gram_loss(
-    objective: Objective, noise: float | Tensor, log_det: LogDet, views: Sequence[Tensor], is_computed: bool
-) -> tuple[Tensor, Tensor]:
-    """Loss (a scalar, in nats) and the constant log-determinants (m, S) it is made of, of views (N, k), or (S, N, k):
-    then the mean over slices, one after another. Arguments as for :class:`mmi_loss.ops.covariance.CovarianceLoss`.
+    objective: Objective, floor: Floor, log_det: LogDet, views: Sequence[Tensor], is_computed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (a scalar, in nats), the constant log-determinants (m, S) it is made of, and the noise, of views (N, k), or
+    (S, N, k): then the mean over slices, one after another. Arguments as for
+    :class:`mmi_loss.ops.covariance.CovarianceLoss`.
     """
     slices = [views] if views[0].ndim == 2 else zip(*views, strict=True)
-    losses, log_dets = zip(*[_GramLoss.apply(objective, noise, log_det, is_computed, *z) for z in slices], strict=True)
-    return torch.stack(losses).mean(), torch.stack(log_dets, dim=1)
+    of_slices = [_GramLoss.apply(objective, floor, log_det, is_computed, *z) for z in slices]
+    losses, log_dets, noises = zip(*of_slices, strict=True)
+    return torch.stack(losses).mean(), torch.stack(log_dets, dim=1), torch.stack(noises)

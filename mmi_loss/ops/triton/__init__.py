@@ -19,6 +19,7 @@ from torch import Tensor
 from mmi_loss.ops.slices import MIXTURES, _wrap
 
 if TYPE_CHECKING:
+    from mmi_loss.ops.covariance import Floor
     from mmi_loss.options import Options
 
 MAX_SLICE_DIM = 128
@@ -59,10 +60,13 @@ def refusal(views: Sequence[Tensor], options: Options, gathers: bool) -> str | N
     return None
 
 
-def content_loss(z_a: Tensor, z_b: Tensor, step: Tensor, options: Options, ridge: float) -> tuple[Tensor, Tensor]:
-    """The loss () of two views (N, D), in nats, and the constant log dets (2, S) it is made of, float32.
+def content_loss(
+    z_a: Tensor, z_b: Tensor, step: Tensor, options: Options, floor: Floor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss () of two views (N, D), in nats, and the constants it is made of: log dets (2, S) and noise (S,).
 
-    ``step`` is int64 () on the device of the views, ``ridge`` the noise floor under the features of a determinant.
+    All are float32. ``step`` is int64 () on the device of the views, ``floor`` two numbers for the noise under the
+    features of a determinant (:func:`mmi_loss.ops.covariance.noise_of`).
     """
     from mmi_loss.ops.triton import operators
 
@@ -72,7 +76,7 @@ def content_loss(z_a: Tensor, z_b: Tensor, step: Tensor, options: Options, ridge
     # What the seed adds to the random stream's key: see mmi_loss.ops.slices.
     seed_keys = [_wrap(options.seed * 0x9E3779B9), _wrap((options.seed >> 32) * 0xC2B2AE35)]
     coefficients = [weight / (2 * num_slices) for weight in options.row.weights]
-    loss, log_dets, *_ = operators.content_loss(
-        z_a, z_b, step, seed_keys, slice_dim, num_slices, block_dim, ridge, coefficients
+    loss, log_dets, noise, *_ = operators.content_loss(
+        z_a, z_b, step, seed_keys, slice_dim, num_slices, block_dim, list(floor), coefficients
     )
-    return loss, log_dets.detach()
+    return loss, log_dets.detach(), noise.detach()

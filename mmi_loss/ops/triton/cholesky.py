@@ -12,28 +12,42 @@ from mmi_loss.ops import covariance
 Numbers = Sequence[float]
 
 
-def factorise_moments(moments: Tensor, ridge: float, coefficients: Numbers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss (), log dets (2, 1), gradient matrices (2, 1, D, D) and diagonals (2, 1, D) of moments (2, 1, D, D)."""
+def factorise_moments(
+    moments: Tensor, floor: Numbers, coefficients: Numbers
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss (), log dets (2, 1), noise (1,), gradient matrices (2, 1, D, D) and diagonals (2, 1, D) of moments
+    (2, 1, D, D).
+    """
     inverse_std = covariance.inverse_std(moments[0, 0].diagonal())
-    row, column = inverse_std[:, None], inverse_std / ridge
+    noise = _noise(moments[1, 0].diagonal() * inverse_std**2, len(inverse_std), floor)
+    row, column = inverse_std[:, None], inverse_std / noise
     matrices = moments[:, 0] * row * column
     loss, log_dets, inverses = _factorise(list(matrices), coefficients)
     # c (1 - (A^-1)_ii) s_i^2; the inverses have been multiplied by c.
     diagonal = torch.stack([c - x.diagonal() for c, x in zip(coefficients, inverses, strict=True)]) * inverse_std**2
     grad = torch.stack(inverses).mul_(row * column)
-    return loss, log_dets, grad[:, None], diagonal[:, None]
+    return loss, log_dets, noise, grad[:, None], diagonal[:, None]
 
 
-def factorise_gram(gram: Tensor, ridge: float, coefficients: Numbers) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (), log dets (2, 1) and G + G^T, with G the gradient of the Gram matrix K (2 N, 2 N).
+def factorise_gram(
+    gram: Tensor, dim: int, floor: Numbers, coefficients: Numbers
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (), log dets (2, 1), noise (1,) and G + G^T, with G the gradient of the Gram matrix K (2 N, 2 N) of ``dim``
+    features.
 
     T = U^T U / 4N has the spectrum of K / 4N, W = (a - b)^T (a - b) / 2N that of the differences' block / 2N.
     """
     n = len(gram) // 2
-    matrices = [gram / (4 * n * ridge), gram[n:, n:] / (2 * n * ridge)]
-    loss, log_dets, (grad, grad_within) = _factorise(matrices, coefficients)
-    grad.div_(2 * n * ridge)[n:, n:].add_(grad_within, alpha=1 / (n * ridge))
-    return loss, log_dets, grad.mT.contiguous()  # symmetric: LAPACK's columns are rows
+    within = gram[n:, n:] / (2 * n)
+    noise = _noise(within.diagonal(), dim, floor)
+    loss, log_dets, (grad, grad_within) = _factorise([gram / (4 * n * noise), within / noise], coefficients)
+    grad.div_(2 * n * noise)[n:, n:].add_(grad_within / (n * noise))
+    return loss, log_dets, noise, grad.mT.contiguous()  # symmetric: LAPACK's columns are rows
+
+
+def _noise(squares: Tensor, dim: int, floor: Numbers) -> Tensor:
+    """The noise (1,) of :func:`mmi_loss.ops.covariance.noise_of`; ``squares`` add up to the variance within images."""
+    return (squares.sum() * (floor[0] / dim)).clamp(min=floor[1])[None]
 
 
 def _factorise(matrices: Sequence[Tensor], coefficients: Numbers) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -1,6 +1,6 @@
 """One program per matrix: standardise, add the noise floor, log det, inverse, and the gradient's small matrices.
 
-A = I + s M s / ridge with s = diag(v)^{-1/2} and v the diagonal of the total moment. The matrix stays in registers
+A = I + s M s / noise with s = diag(v)^{-1/2} and v the diagonal of the total moment. The matrix stays in registers
 while it is swept (symmetric Gauss-Jordan): sweeping the pivots P replaces
 
     A_PP by -A_PP^-1,   A_iP by A_iP A_PP^-1,   A_ij by A_ij - A_iP A_PP^-1 A_Pj,
@@ -9,7 +9,7 @@ and after all of them -A^-1 stands there. The scalar pivots are those of the Cho
 sum of their logarithms, and A is positive definite if and only if all are positive. Pivots are taken in pairs on
 blocks of BLOCK_B, whose panels are applied to the rest as one matrix product.
 
-With c = dL/dlog det the gradient of the loss with respect to M is c A^-1 (s s^T / ridge) less, on the diagonal of the
+With c = dL/dlog det the gradient of the loss with respect to M is c A^-1 (s s^T / noise) less, on the diagonal of the
 total moment, sum_j c_j (A_j^-1 (A_j - I))_ii s_i^2 = sum_j c_j (1 - (A_j^-1)_ii) s_i^2, the way through the variances.
 """
 
@@ -67,8 +67,8 @@ def _inverse_std(variance, location, resolution, smallest):
 
 @triton.jit
 def _factor_kernel(
-    moments_ptr, centre_ptr, log_dets_ptr, grad_ptr, diagonal_ptr, loss_ptr, state_ptr, scratch_ptr,
-    k, chunks, ridge, resolution, smallest, total_coefficient, within_coefficient,
+    moments_ptr, centre_ptr, log_dets_ptr, noise_ptr, grad_ptr, diagonal_ptr, loss_ptr, state_ptr, scratch_ptr,
+    k, chunks, factor, least, resolution, smallest, total_coefficient, within_coefficient,
     BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Log det, gradient and diagonal of one matrix; the last program to finish adds up coefficients times log dets."""
@@ -78,14 +78,19 @@ def _factor_kernel(
     row, column = index[:, None], index[None, :]
     is_inside = (row < k) & (column < k)
     matrix = tl.zeros((BLOCK_K, BLOCK_K), tl.float32)
-    variance = tl.zeros((BLOCK_K,), tl.float32)
+    variance, within = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
     for c in range(0, chunks):
         moment_ptr, total_ptr = moments_ptr + (c * matrices + this) * k * k, moments_ptr + (c * matrices + s) * k * k
         matrix += tl.load(moment_ptr + row * k + column, mask=is_inside, other=0.0)
         variance += tl.load(total_ptr + index * (k + 1), mask=index < k, other=0.0)
+        within_ptr = total_ptr + matrices // 2 * k * k
+        within += tl.load(within_ptr + index * (k + 1), mask=index < k, other=0.0)
     location = tl.load(centre_ptr + s * k + index, mask=index < k, other=0.0)
     inverse_std = _inverse_std(variance, location, resolution, smallest)
-    swept = matrix * inverse_std[:, None] * (inverse_std[None, :] / ridge) + tl.where(row == column, 1.0, 0.0)
+    # Both programs of a slice find the same: what differs between views, spread over directions.
+    noise = tl.maximum(factor * tl.sum(within * inverse_std * inverse_std, 0), least)
+    tl.store(noise_ptr + s, noise)
+    swept = matrix * inverse_std[:, None] * (inverse_std[None, :] / noise) + tl.where(row == column, 1.0, 0.0)
     # Set aside: they would not fit beside the matrix in registers.
     diagonal_ptr += this * k
     tl.store(diagonal_ptr + index, inverse_std, mask=index < k)
@@ -119,7 +124,7 @@ def _factor_kernel(
     inverse_row = tl.load(diagonal_ptr + row, mask=row < k, other=0.0)
     inverse_column = tl.load(diagonal_ptr + column, mask=column < k, other=0.0)
     inverse_std = tl.load(diagonal_ptr + index, mask=index < k, other=0.0)
-    grad = -coefficient * swept * (inverse_row * (inverse_column / ridge)) + poison
+    grad = -coefficient * swept * (inverse_row * (inverse_column / noise)) + poison
     tl.store(grad_ptr + this * k * k + row * k + column, grad, mask=is_inside)
     tl.debug_barrier()
     of_diagonal = 1.0 + tl.sum(tl.where(row == column, swept, 0.0), 1)

@@ -120,21 +120,26 @@ def moments_backward_kernel(
 
 
 def factor_kernel(
-    moments: Tensor, centre: Tensor, state: Tensor, block_dim: int, ridge: float, coefficients: Sequence[float]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss (), log dets (2, S), gradient matrices (2, S, k, k) and diagonals (2, S, k) of the moments."""
+    moments: Tensor,
+    centre: Tensor,
+    state: Tensor,
+    block_dim: int,
+    floor: Sequence[float],
+    coefficients: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss (), log dets (2, S), noise (S,), gradients (2, S, k, k) and diagonals (2, S, k) of the moments."""
     chunks, _, num_slices, k, _ = moments.shape
     block_k, block_b = _power(k, 16, MAX_SLICE_DIM), 16
-    loss, log_dets = new(moments), new(moments, 2, num_slices)
+    loss, log_dets, noise = new(moments), new(moments, 2, num_slices), new(moments, num_slices)
     grad, diagonal = new(moments, 2, num_slices, k, k), new(moments, 2, num_slices, k)
     scratch = new(moments, 2, num_slices, 2, block_k, block_b)
     _factor_kernel[(2 * num_slices,)](
-        moments, centre, log_dets, grad, diagonal, loss, state, scratch,
-        k, chunks, ridge, RELATIVE_RESOLUTION if block_dim else 0.0, SMALLEST_VARIANCE, *coefficients,
+        moments, centre, log_dets, noise, grad, diagonal, loss, state, scratch,
+        k, chunks, floor[0] / k, floor[1], RELATIVE_RESOLUTION if block_dim else 0.0, SMALLEST_VARIANCE, *coefficients,
         BLOCK_K=block_k, BLOCK_B=block_b, num_warps=8 if block_k > 64 else 4,
         num_stages=1,  # the sweep reads back what it has just stored: nothing may be fetched ahead
     )  # fmt: skip
-    return loss, log_dets, grad, diagonal
+    return loss, log_dets, noise, grad, diagonal
 
 
 def gram_kernel(z_a: Tensor, z_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,13 +24,13 @@ def _takes_gram(samples: int, features: int) -> bool:
     "mmi_loss::content_loss",
     mutates_args=(),
     schema="(Tensor z_a, Tensor z_b, Tensor step, int[] seed_keys, int slice_dim, int num_slices, int block_dim, "
-    "float ridge, float[] coefficients) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float[] floor, float[] coefficients) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def content_loss(
     z_a: Tensor, z_b: Tensor, step: Tensor, seed_keys: Sequence[int],
-    slice_dim: int, num_slices: int, block_dim: int, ridge: float, coefficients: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The sum of ``coefficients`` times log dets () and the log dets (2, S), then what the backward pass takes.
+    slice_dim: int, num_slices: int, block_dim: int, floor: Sequence[float], coefficients: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The sum of ``coefficients`` times log dets (), log dets (2, S) and noise (S,), then what the backward pass takes.
 
     That is the slices (2, S, N, k), statistics of their features, gradients of the matrices and of their diagonals,
     empty where there is none, and the state. ``block_dim=0`` takes the features as they are.
@@ -38,8 +38,8 @@ def content_loss(
     slices, diagonal = launch.new(z_a, 0), launch.new(z_a, 0)
     if _takes_gram(len(z_a), slice_dim):
         gram, statistics = launch.gram_kernel(z_a, z_b)
-        loss, log_dets, grad = cholesky.factorise_gram(gram, ridge, coefficients)
-        return loss, log_dets, slices, statistics, grad, diagonal, launch.new_state(z_a)
+        loss, log_dets, noise, grad = cholesky.factorise_gram(gram, slice_dim, floor, coefficients)
+        return loss, log_dets, noise, slices, statistics, grad, diagonal, launch.new_state(z_a)
     if block_dim:
         slices, sums, state = launch.project_kernel(z_a, z_b, step, seed_keys, slice_dim, num_slices, block_dim)
         moments, statistics = launch.moments_kernel(slices[0], slices[1], sums, block_dim)
@@ -47,11 +47,11 @@ def content_loss(
         sums, state = launch.column_sums_kernel(z_a, z_b)
         moments, statistics = launch.moments_kernel(z_a[None], z_b[None], sums, block_dim)
     if slice_dim <= MAX_SLICE_DIM:
-        solved = launch.factor_kernel(moments, statistics, state, block_dim, ridge, coefficients)
+        solved = launch.factor_kernel(moments, statistics, state, block_dim, floor, coefficients)
     else:
-        solved = cholesky.factorise_moments(moments[0], ridge, coefficients)
-    loss, log_dets, grad, diagonal = solved
-    return loss, log_dets, slices, statistics, grad, diagonal, state
+        solved = cholesky.factorise_moments(moments[0], floor, coefficients)
+    loss, log_dets, noise, grad, diagonal = solved
+    return loss, log_dets, noise, slices, statistics, grad, diagonal, state
 
 
 @content_loss.register_fake
@@ -60,7 +60,7 @@ def _(z_a: Tensor, z_b: Tensor, step: Tensor, keys: Sequence[int], k: int, s: in
     shapes: list[tuple[int, ...]] = [(2, s, n, k) if block_dim else (0,), (2, s, k), (2, s, k, k), (2, s, k)]
     if _takes_gram(n, k):
         shapes = [(0,), (3, k), (2 * n, 2 * n), (0,)]
-    return *(launch.new(z_a, *shape) for shape in ((), (2, s), *shapes)), launch.new_state(z_a)
+    return *(launch.new(z_a, *shape) for shape in ((), (2, s), (s,), *shapes)), launch.new_state(z_a)
 
 
 @torch.library.custom_op(
@@ -103,7 +103,7 @@ def _if_needed(grads: Sequence[Tensor] | Tensor, needed: Sequence[bool]) -> list
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.block_dim = inputs[6]
-    ctx.save_for_backward(*inputs[:2], *output[2:])
+    ctx.save_for_backward(*inputs[:2], *output[3:])
 
 
 @closed_form

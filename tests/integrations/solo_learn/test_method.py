@@ -113,8 +113,7 @@ def test_every_option_can_be_set(method, name):
     """By its name alone, and again from the resolved options, which a checkpoint's args.json holds."""
     cfg = config(**{name: OTHER[name]})
     options = method(cfg).mmi_loss.options.given()
-    snr = None if name == "ridge" else 64.0
-    assert options == {**DEFAULTS, "gather_distributed": True, "snr": snr, name: OTHER[name]}
+    assert options == {**DEFAULTS, "gather_distributed": True, name: OTHER[name]}
     resolved = dict(cfg.method_kwargs)
     assert dict(method.add_and_assert_specific_cfg(cfg).method_kwargs) == resolved
 
@@ -122,7 +121,7 @@ def test_every_option_can_be_set(method, name):
 @pytest.mark.parametrize("none", [None, "None"])
 def test_none_as_solo_learn_writes_it(method, none):
     options = method(config(slice_dim=none, snr=none, ridge=none)).mmi_loss.options
-    assert (options.slice_dim, options.snr, options.ridge) == (None, 64.0, None)
+    assert (options.slice_dim, options.snr, options.ridge) == (None, None, None)
 
 
 def test_keys_of_another_method_are_ignored_with_a_warning(method):
