@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import mmi_loss
+from benchmarks.losses import WITHOUT_US
 
 Row = dict[str, str]
 RESULTS = Path(__file__).parent / "results"
@@ -97,8 +98,12 @@ def read(path: Path) -> list[Row]:
 
 
 def provenance(rows: list[Row]) -> str:
-    """Which core, commits and devices made the rows, in a line; several cores are counted, because they may differ."""
-    cores = Counter(row["core"] for row in rows if "core" in row)
+    """Which core, commits and devices made the rows, in a line; several cores are counted, because they may differ.
+
+    The core is that of our losses' rows: in a rival's it has no part.
+    """
+    of_ours = [row for row in rows if row.get("method") not in WITHOUT_US]
+    cores = Counter(row["core"] for row in of_ours or rows if "core" in row)
     parts = [f"{len(rows)} rows", *(f"core {core}" for core in cores)]
     if len(cores) > 1:
         parts[1:] = ["MIXED CORES: " + ", ".join(f"{core} ({count} rows)" for core, count in cores.items())]

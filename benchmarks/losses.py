@@ -204,6 +204,10 @@ def is_rival(method: str) -> bool:
     return method in LOSSES and LOSSES[method].library != "mmi-loss"
 
 
+WITHOUT_US = (*FIXED, SUPERVISED, *filter(is_rival, LOSSES))
+"""Methods in whose results our code has no part."""
+
+
 def solo_learn(checkout: Path, names: Sequence[str] = ("barlow", "vicreg")) -> dict[str, Callable[..., Tensor]]:
     """Loss functions of a clone of solo-learn, such as ``barlow``, by their own files.
 

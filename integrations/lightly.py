@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import MutableMapping, Sequence
@@ -31,7 +32,7 @@ try:
     from lightly.models.modules.heads import VICRegProjectionHead
     from lightly.models.utils import get_weight_decay_parameters
     from lightly.transforms.vicreg_transform import VICRegTransform
-    from lightly.utils.benchmarking import OnlineLinearClassifier
+    from lightly.utils.benchmarking import KNNClassifier, OnlineLinearClassifier
     from lightly.utils.lars import LARS
     from lightly.utils.scheduler import CosineWarmupScheduler
     from pytorch_lightning import Callback, LightningModule, Trainer  # lightly's Trainer is this package's
@@ -75,6 +76,13 @@ class MMITransform(VICRegTransform):
 transform = MMITransform()
 
 
+class _Neighbours(KNNClassifier):
+    """Lightly's classifier of features. Lightning lets only the module it trains log: the one that holds this does."""
+
+    def log_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
 class MMI(LightningModule):
     """Pretraining by mutual information, with an online linear classifier beside it.
 
@@ -84,17 +92,22 @@ class MMI(LightningModule):
         backbone: Images to features (N, feature_dim), or (N, feature_dim, 1, 1). None: torchvision's ResNet-50.
         feature_dim: Of the backbone.
         projection_head: (N, feature_dim) to (N, D). None: :class:`MMIProjectionHead`.
-        criterion: Of two (N, D) views. None: ``MMILoss(gather_distributed=True)``.
+        criterion: Of two (N, D) views, or of a list of more. None: ``MMILoss(gather_distributed=True)``.
         learning_rate: LARS's per 256 samples.
         warmup_epochs: At most a tenth of the run is warm-up, however short it is.
+        knn_k: Neighbours of a kNN classifier in validation, which then takes two loaders: first the bank's, training
+            images without augmentation, then the validation's. None: one loader, no kNN.
+        knn_t: Temperature of its votes.
 
-    ``training_step`` takes lightly's batches, (views, labels, ...) with two views, and logs ``train_loss``;
-    ``validation_step`` takes (images, labels, ...); ``forward`` gives backbone features, as lightly's KNNClassifier
-    and LinearClassifier expect. The optimiser is the one of lightly's VICReg benchmark; its rate has not been tuned
-    for this loss on ImageNet.
+    ``training_step`` takes lightly's batches, (views, labels, ...), and logs ``train_loss``. Of more than two views, as
+    multi-crop gives, all count alike: I(Z; content) of all of them. Views of one size go through the backbone together;
+    the online classifier learns from those of the first one's size. ``validation_step`` takes (images, labels, ...) and
+    logs ``val_online_cls_...`` and ``val_knn_...``; ``forward`` gives backbone features, as lightly's KNNClassifier and
+    LinearClassifier expect. The optimiser is the one of lightly's VICReg benchmark; its rate has not been tuned for
+    this loss on ImageNet.
 
     Raises:
-        ValueError: A batch has not two views, or the run has no end to schedule the learning rate to.
+        ValueError: A batch has fewer than two views, or the run has no end to schedule the learning rate to.
     """
 
     def __init__(
@@ -107,6 +120,8 @@ class MMI(LightningModule):
         criterion: nn.Module | None = None,
         learning_rate: float = 0.5,
         warmup_epochs: int = WARMUP_EPOCHS,
+        knn_k: int | None = None,
+        knn_t: float = 0.1,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["backbone", "projection_head", "criterion"])
@@ -120,30 +135,40 @@ class MMI(LightningModule):
         self.criterion = criterion or MMILoss(gather_distributed=True)
         topk = (1, 5) if num_classes >= 5 else (1,)
         self.online_classifier = OnlineLinearClassifier(feature_dim, num_classes, topk)
+        self.knn_classifier = _Neighbours(None, num_classes, knn_k, knn_t, 0, 1, topk) if knn_k else None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.backbone(x)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         views, targets = batch[0], batch[1]
-        if len(views) != 2:
-            raise ValueError(f"MMI trains on two views per image, got {len(views)}; use a two-view transform")
-        features = self.forward(torch.cat(list(views))).flatten(start_dim=1)
-        z_a, z_b = self.projection_head(features).chunk(2)
-        loss: Tensor = self.criterion(z_a, z_b)
+        if len(views) < 2:
+            raise ValueError(f"MMI trains on two or more views per image, got {len(views)}; use a two-view transform")
+        by_size = [list(group) for _, group in itertools.groupby(views, key=lambda view: view.shape)]
+        features = [self.forward(torch.cat(group)).flatten(start_dim=1) for group in by_size]
+        z = self.projection_head(torch.cat(features)).chunk(len(views))
+        loss: Tensor = self.criterion(*z) if len(views) == 2 else self.criterion(z)
         self.log("train_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(targets))
         classifier_loss, logged = self.online_classifier.training_step(
-            (features.detach(), targets.repeat(2)), batch_idx
+            (features[0].detach(), targets.repeat(len(by_size[0]))), batch_idx
         )
         self.log_dict(logged, sync_dist=True, batch_size=len(targets))
         return loss + classifier_loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor | None:
         images, targets = batch[0], batch[1]
-        features = self.forward(images).flatten(start_dim=1)
-        loss, logged = self.online_classifier.validation_step((features.detach(), targets), batch_idx)
-        self.log_dict(logged, prog_bar=True, sync_dist=True, batch_size=len(targets))
+        labelled = self.forward(images).flatten(start_dim=1).detach(), targets
+        neighbours = self.knn_classifier and self.knn_classifier.validation_step(labelled, batch_idx, dataloader_idx)
+        if self.knn_classifier and dataloader_idx == self.knn_classifier.train_dataloader_idx:
+            return None  # the bank's
+        loss, logged = self.online_classifier.validation_step(labelled, batch_idx)
+        logged = {**logged, **(neighbours or {})}
+        self.log_dict(logged, prog_bar=True, sync_dist=True, batch_size=len(targets), add_dataloader_idx=False)
         return loss
+
+    def on_validation_epoch_end(self) -> None:
+        if self.knn_classifier:
+            self.knn_classifier.reset_storage()
 
     def configure_optimizers(self) -> Any:
         decayed, plain = get_weight_decay_parameters([self.backbone, self.projection_head])

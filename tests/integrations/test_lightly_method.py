@@ -146,7 +146,7 @@ def test_defaults_are_lightlys_contract():
 
     parameters = inspect.signature(MMI.__init__).parameters
     assert {"batch_size_per_device", "num_classes"} <= set(parameters)
-    assert not {"knn_k", "knn_t"} & set(parameters)  # these names switch main.py to two validation loaders
+    assert {"knn_k", "knn_t"} <= set(parameters)  # these names switch main.py to two validation loaders
     with torch.device("meta"):
         default = MMI(batch_size_per_device=8, num_classes=3)
         assert default(torch.empty(2, 3, 64, 64)).shape == (2, 2048)
@@ -166,9 +166,43 @@ def test_register():
         register({"mmi": {"model": object}})
 
 
-def test_three_views_are_refused():
-    with pytest.raises(ValueError, match="two views per image, got 3"):
-        model().training_step(([torch.randn(4, 3, 16, 16)] * 3, torch.zeros(4, dtype=torch.long)), 0)
+def test_one_view_is_refused():
+    with pytest.raises(ValueError, match="two or more views per image, got 1"):
+        model().training_step(([torch.randn(4, 3, 16, 16)], torch.zeros(4, dtype=torch.long)), 0)
+
+
+def test_multicrop(tmp_path):
+    """Two global and three local views: the loss of all, the online classifier of the global ones."""
+    generator = torch.Generator().manual_seed(0)
+    views = [torch.randn(16, 3, size, size, generator=generator) for size in (16, 16, 8, 8, 8)]
+    seen, module = [], model()
+    step = module.online_classifier.training_step
+    module.online_classifier.training_step = lambda batch, i: seen.append(batch[0].shape) or step(batch, i)
+    logged = Logged()
+    batches = [(views, torch.arange(16) % 10)] * 2
+    trainer(tmp_path, callbacks=[logged, MMIDiagnostics(every_n_steps=1)]).fit(
+        module, torch.utils.data.DataLoader(batches, batch_size=None)
+    )
+    assert seen == [(32, FEATURES)] * 2
+    assert module.criterion.step == 2
+    module, z = model(), []
+    hook = module.projection_head.register_forward_hook(lambda _, inputs, output: z.append(output.detach()))
+    trainer(tmp_path, max_steps=1).fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    hook.remove()
+    expected = MMILoss()(list(z[0].chunk(5)))
+    assert logged.steps[0]["train_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_knn_in_validation_by_a_second_loader(tmp_path):
+    """The bank's loader first: the numbers of lightly's own evaluation of the same network, anew in every epoch."""
+    module, metrics = model(knn_k=5, knn_t=0.1), MetricCallback()
+    loaders = [loader(views=False), loader(views=False, size=32)]
+    trainer(tmp_path, max_epochs=2, callbacks=[metrics]).fit(module, loader(), loaders)
+    assert len(metrics.val_metrics["val_knn_top1"]) == len(metrics.val_metrics["val_online_cls_top1"]) == 2
+    knn = KNNClassifier(module, 10, knn_k=5, knn_t=0.1, train_dataloader_idx=0, val_dataloader_idx=1)
+    found = trainer(tmp_path).validate(knn, loaders, verbose=False)[1]
+    expected = next(value for name, value in found.items() if name.startswith("val_knn_top1"))
+    assert metrics.val_metrics["val_knn_top1"][-1] == pytest.approx(expected, abs=1e-6)
 
 
 NAMES = [
