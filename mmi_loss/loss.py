@@ -34,13 +34,14 @@ class MMILoss(nn.Module):
     covariance of one view's features, pooled over both and standardised, and W that of what differs between the views
     of an image, the default is
 
-    .. math:: L = -\tfrac12 \log\det(C + r) + \tfrac12 \log\det(W + r), \qquad r = k / N
+    .. math:: L = -\tfrac12 \log\det(C + r) + \tfrac12 \log\det(W + r), \qquad r = \operatorname{tr}(W) / \min(64, N)
 
     on a fresh random slice of k = ``slice_dim`` features each step. It is the mutual information between a view and the
     content both views share, seen through noise of variance r (our addition to the paper), and L half the logarithm of
-    a Wilks' lambda of mean squares with that noise, images as groups. It is about 0 without information, and cannot go
-    below -N / 2 nats (with another ``ridge`` it can). docs/migrating.md says which learning rate to
-    use, docs/when-not.md when to take another loss.
+    a Wilks' lambda of mean squares with that noise, images as groups. The noise is what differs between the views of
+    the batch, spread over 64 directions; the gradient takes it for a constant. L is about 0 without information and
+    cannot go below -32 k / tr(W). docs/migrating.md says which learning rate to use, docs/when-not.md when to take
+    another loss.
 
     Args:
         objective: ``"content"``: I(Z; content), for views of one image by one network. ``"exchangeable"``: I(Z; Z') of
@@ -50,9 +51,11 @@ class MMILoss(nn.Module):
             takes all D.
         num_slices: Slices per step, averaged.
         seed: With the step counter, determines the slices.
-        snr: Noise floor: total feature variance over the noise variance in one direction, so about how many directions
-            the loss can tell apart, if fewer than one per sample (:func:`mmi_loss.options.noise_floor`).
-        ridge: The noise variance itself, in units of feature variance; at least what the dtype resolves, ``8 dim eps``.
+        snr: Fixes the noise at a share of all variance, not of what differs between views: total feature variance over
+            the noise variance in one direction, so about how many directions the loss can tell apart, at most one per
+            sample (:func:`mmi_loss.options.noise_floor`).
+        ridge: Fixes the noise variance itself, in units of feature variance; at least what the dtype resolves, ``8 dim
+            eps``.
         logdet: ``"cholesky"`` is exact; ``"taylor"`` the paper's truncated series.
         order: Order of the series, for ``logdet="taylor"``.
         beta: Rescaling of the series: its spectrum is brought into (0, beta], 0 < beta < 2 (our reading).
