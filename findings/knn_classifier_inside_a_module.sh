@@ -16,7 +16,6 @@ trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet \
     'torch==2.14.1' 'torchvision==0.29.1' 'lightly==1.6.0' 'pytorch-lightning==2.6.6' 'numpy==2.4.0'
-
 "$folder/venv/bin/python" -W ignore - >"$folder/seen" 2>"$folder/log" <<'PYTHON'
 import pytorch_lightning as pl
 import torch
@@ -29,6 +28,7 @@ images = torch.randn(40, 8) + 5 * torch.eye(8)[labels]
 loaders = [DataLoader(TensorDataset(images, labels), batch_size=20) for _ in range(2)]
 options = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
 options |= {"enable_progress_bar": False}
+
 
 class Encoder(pl.LightningModule):
     def __init__(self):
@@ -47,6 +47,7 @@ class Encoder(pl.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
 
 encoder = Encoder()
 alone = KNNClassifier(encoder, 4, 5, 0.1, 0, 1, topk=(1,))

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import math
 import warnings
 from collections.abc import MutableMapping, Sequence
@@ -77,7 +76,14 @@ transform = MMITransform()
 
 
 class _Neighbours(KNNClassifier):
-    """Lightly's classifier of features. Lightning lets only the module it trains log: the one that holds this does."""
+    """Lightly's classifier of features. Lightning lets only the module it trains log: the one that holds this does. A
+    bank of fewer than ``knn_k`` images, as in the check before training, gives all.
+    """
+
+    def concat_train_features(self) -> None:
+        super().concat_train_features()
+        assert self._train_targets_tensor is not None
+        self.knn_k = min(self.hparams["knn_k"], self._train_targets_tensor.numel())
 
     def log_dict(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -107,7 +113,8 @@ class MMI(LightningModule):
     this loss on ImageNet.
 
     Raises:
-        ValueError: A batch has fewer than two views, or the run has no end to schedule the learning rate to.
+        ValueError: A batch has fewer than two views, there are not the validation loaders that ``knn_k`` asks for, or
+            the run has no end to schedule the learning rate to.
     """
 
     def __init__(
@@ -144,9 +151,10 @@ class MMI(LightningModule):
         views, targets = batch[0], batch[1]
         if len(views) < 2:
             raise ValueError(f"MMI trains on two or more views per image, got {len(views)}; use a two-view transform")
-        by_size = [list(group) for _, group in itertools.groupby(views, key=lambda view: view.shape)]
+        sizes = list(dict.fromkeys(view.shape for view in views))
+        by_size = [[view for view in views if view.shape == size] for size in sizes]
         features = [self.forward(torch.cat(group)).flatten(start_dim=1) for group in by_size]
-        z = self.projection_head(torch.cat(features)).chunk(len(views))
+        z = self.projection_head(torch.cat(features)).chunk(len(views))  # all views count alike, in any order
         loss: Tensor = self.criterion(*z) if len(views) == 2 else self.criterion(z)
         self.log("train_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(targets))
         classifier_loss, logged = self.online_classifier.training_step(
@@ -165,6 +173,14 @@ class MMI(LightningModule):
         logged = {**logged, **(neighbours or {})}
         self.log_dict(logged, prog_bar=True, sync_dist=True, batch_size=len(targets), add_dataloader_idx=False)
         return loss
+
+    def on_validation_start(self) -> None:
+        wanted, found = 2 if self.knn_classifier else 1, len(self.trainer.num_val_batches)
+        if found != wanted:
+            raise ValueError(
+                f"MMI(knn_k={self.hparams['knn_k']}) takes {wanted} validation loader(s), got {found}: without knn_k "
+                "one, with it two, the bank's first, as val_dataloaders=[bank, validation]"
+            )
 
     def on_validation_epoch_end(self) -> None:
         if self.knn_classifier:
@@ -219,13 +235,14 @@ class MMIDiagnostics(Callback):
     - ``rank_me``, ``effective_rank``, ``participation_ratio``, ``alpha_req``: of all features of the first view;
     - ``lidar``: of all features of both views;
     - ``mutual_information`` in nats, bias-corrected: it may be slightly negative, 0 at collapse;
-      ``content_information``, through the loss's noise floor; ``min_canonical_correlation``; ``entropy_a``,
-      ``entropy_b`` and ``conditional_entropy``, of the first view given the second, through that floor: of a fixed
-      random slice of at most 64 dimensions, eight samples for each.
+      ``content_information``, through the default loss's noise floor; ``min_canonical_correlation``; ``entropy_a``,
+      ``entropy_b`` and ``conditional_entropy``, of the first view given the second, through the joint objective's: of a
+      fixed random slice of at most 64 dimensions, eight samples for each.
 
     :mod:`mmi_loss.diagnostics` defines them. A module is called twice in a step, or once with both views under one
-    another; in validation once is one view, of which only the first line is logged, and a projector that is not called
-    is given the backbone's features.
+    another; of a batch of more views than two, as multi-crop's, the first two that it was given count. In validation
+    once is one view, of which only the first line is logged, a projector that is not called is given the backbone's
+    features, and of several loaders the last is measured.
 
     Nothing ends a run. What cannot be measured is NaN: of fewer than eight samples, of views of unequal length, of NaN
     or infinite outputs, and where the value is infinite, as the mutual information of equal views is. A step in which a
@@ -280,26 +297,37 @@ class MMIDiagnostics(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._stop_listening()  # activation checkpointing calls the head again in backward
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._stop_listening()
-        for name, outputs in self._outputs.items():
-            views = outputs
-            if len(outputs) == 1 and outputs[0].ndim > 0:
-                views = list(outputs[0].tensor_split(2))  # always two, where chunk makes one of a single row
+        crops = batch[0] if isinstance(batch, (list, tuple)) and batch else ()
+        crops = crops if isinstance(crops, (list, tuple)) else ()
+        for name, heard in self._outputs.items():
+            views = heard
+            if len(crops) > 2:  # all in one output, or those of each size
+                rows = torch.cat(heard) if heard and all(z.ndim == 2 for z in heard) else torch.zeros(0)
+                views = list(rows.tensor_split(len(crops)))[:2] if len(rows) == sum(map(len, crops)) else []
+            elif len(heard) == 1 and heard[0].ndim > 0:
+                views = list(heard[0].tensor_split(2))  # always two, where chunk makes one of a single row
             if len(views) == 2 and views[0].ndim == views[1].ndim == 2:
                 measured = self.measure(views[0], views[1], self._prefix(name))
                 pl_module.log_dict(measured, sync_dist=True, batch_size=max(1, len(views[0])))
             else:
-                self._warn(f"in this step it gave {[tuple(z.shape) for z in outputs]}", name)
+                self._warn(f"in this step it gave {[tuple(z.shape) for z in heard]}", name)
         self._outputs = {}
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_listening()
         self._validation = {}
 
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         self._stop_listening()
         self._outputs = {}
+        if dataloader_idx < len(trainer.num_val_batches) - 1:
+            return  # a bank for kNN
         seen = max((sum(len(batch[0]) for batch in batches) for batches in self._validation.values()), default=0)
         if seen < self.validation_samples and not trainer.sanity_checking:
             self._listen_to(pl_module)

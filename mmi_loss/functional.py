@@ -86,10 +86,14 @@ def components(views: Sequence[Tensor], step: int | Tensor, options: Options) ->
         [torch.as_tensor(noise, dtype=log_dets.dtype, device=log_dets.device).log().mean() for noise in noises]
     )
     constants = torch.tensor(widths).to(log_dets) / 2 * (math.log(2 * math.pi * math.e) + log_noises)
-    of_moments = [constants[0] if row.is_pooled else constants[first:last].sum() for first, last in row.moments]
+    of_moments = [constants[0]] * len(row.moments)
+    if not row.is_pooled:
+        of_groups = torch.stack([torch.stack(group) for group in combinations(constants, 2)])
+        of_moments = [of_groups[:, first:last].sum(1).mean() for first, last in row.moments]
     entropies = log_dets.reshape(len(log_dets), -1).mean(-1) / 2 + torch.stack(of_moments)
     weights = torch.tensor([row.entropy_a, row.entropy_b, row.conditional_entropy]).to(log_dets)
-    return MMIComponents(value, -value.detach(), *(weights @ entropies))
+    of_views = (weights * entropies).sum(-1)  # no product of matrices, which autocast would round
+    return MMIComponents(value, -value.detach(), *of_views)
 
 
 class _Estimate(NamedTuple):

@@ -39,9 +39,9 @@ class MMILoss(nn.Module):
     on a fresh random slice of k = ``slice_dim`` features each step. It is the mutual information between a view and the
     content both views share, seen through noise of variance r (our addition to the paper), and L half the logarithm of
     a Wilks' lambda of mean squares with that noise, images as groups. The noise is what differs between the views of
-    the batch, spread over 64 directions; the gradient takes it for a constant. L is about 0 without information and
-    cannot go below -32 k / tr(W). docs/migrating.md says which learning rate to use, docs/when-not.md when to take
-    another loss.
+    the batch, spread over 64 directions, at least k / 4N; the gradient takes it for a constant. L is about 0 without
+    information and cannot go below -32 k / tr(W) or -2N. docs/migrating.md says which learning rate to use,
+    docs/when-not.md when to take another loss.
 
     Args:
         objective: ``"content"``: I(Z; content), for views of one image by one network. ``"exchangeable"``: I(Z; Z') of

@@ -314,6 +314,14 @@ def test_components(objective, dims, num_views):
         assert not any(part.requires_grad or part.dtype != torch.float64 for part in parts[1:])
         difference = parts.entropy_a - parts.conditional_entropy
         assert -parts.loss.item() == parts.mutual_information.item() == pytest.approx(difference.item(), rel=1e-9)
+        if objective == "joint":  # the mean over all pairs
+            of = [functional.components(pair, step, Options(**options)) for pair in itertools.combinations(given, 2)]
+            for part, of_pairs in zip(parts, zip(*of, strict=True), strict=True):
+                torch.testing.assert_close(part, torch.stack(of_pairs).mean())
+        single = [z.detach().float() for z in given]
+        plain = functional.components(single, step, Options(**options))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert functional.components(single, step, Options(**options)) == plain
     pair = given[:2]
     parts = functional.components(pair, 0, Options(objective=objective, slice_dim=None))
     for view, entropy in zip(pair, (parts.entropy_a, parts.entropy_b), strict=True):

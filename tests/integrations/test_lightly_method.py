@@ -193,6 +193,54 @@ def test_multicrop(tmp_path):
     assert logged.steps[0]["train_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [(16, 16, 16), (16, 8, 16), (16, 16, 8, 8, 8, 8)], ids=str)
+def test_diagnostics_of_multicrop_are_of_two_views(sizes, tmp_path):
+    """In any order of sizes: of the same images, which the halves of all outputs are not."""
+    generator = torch.Generator().manual_seed(0)
+    colours, classified = torch.rand(64, 3, 1, 1, generator=generator), []
+    views = [colours + 0.1 * torch.randn(64, 3, size, size, generator=generator) for size in sizes]
+    pair, found = [view for view in views if view.shape[-1] == 16][:2], []
+    for given in (views, pair):
+        logged, module = Logged(), model(criterion=MMILoss(slice_dim=8))
+        step = module.online_classifier.training_step
+        module.online_classifier.training_step = lambda b, i, s=step: classified.append(len(b[0])) or s(b, i)
+        batches = torch.utils.data.DataLoader([(given, torch.arange(64) % 10)], batch_size=None)
+        trainer(tmp_path, callbacks=[MMIDiagnostics(every_n_steps=1), logged]).fit(module, batches)
+        found.append(logged.steps[0])
+    assert classified == [64 * sizes.count(16), 128]
+    for name in ("mmi/mutual_information", "mmi/lidar", "mmi/backbone/content_information"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=0.25)  # batch norm sees other views
+
+
+def test_knn_asks_for_its_loaders(tmp_path):
+    for changes, loaders in (({"knn_k": 5}, 1), ({"knn_k": 5}, 3), ({}, 2)):
+        with pytest.raises(ValueError, match=rf"validation loader\(s\), got {loaders}: .*val_dataloaders="):
+            trainer(tmp_path).fit(model(**changes), loader(), [loader(views=False)] * loaders)
+
+
+def test_knn_and_diagnostics_of_two_loaders(tmp_path):
+    """A bank smaller than k gives all, as in the check before training; the diagnostics are of the validation set."""
+    values = {}
+    for name, sizes, changes in (("both", (48, 32), {"knn_k": 200}), ("alone", (32,), {})):
+        loaders = [torch.utils.data.DataLoader(Drawn(seed=size, size=size), batch_size=16) for size in sizes]
+        fit = trainer(tmp_path, callbacks=[MMIDiagnostics(validation_samples=48)])
+        fit.validate(model(**changes), loaders, verbose=False)
+        values[name] = dict(fit.callback_metrics)
+    assert "val_knn_top1" in values["both"]
+    assert values["both"]["mmi/val/rank_me"] == values["alone"]["mmi/val/rank_me"]
+
+
+class Drawn(torch.utils.data.Dataset):
+    def __init__(self, seed, size):
+        self.images = torch.rand(size, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index], index % 10
+
+
 def test_knn_in_validation_by_a_second_loader(tmp_path):
     """The bank's loader first: the numbers of lightly's own evaluation of the same network, anew in every epoch."""
     module, metrics = model(knn_k=5, knn_t=0.1), MetricCallback()
