@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
         path.unlink(missing_ok=True)
     means = grid.Means.of(options, options.quick)
     for task in options.tasks:
-        known = (rates.EARLIER if options.optimizer == "lars" else {}) | rates.stored(task, options.optimizer)
+        known = rates.stored(task, options.optimizer)
         missing = [m for m in options.methods if m not in known and m != UNTRAINED and not options.rate]
         if missing:
             command = f"python -m benchmarks rates --methods {' '.join(missing)} --optimizers {options.optimizer}"

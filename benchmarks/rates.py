@@ -23,9 +23,6 @@ Which = tuple[str, ...]
 METHODS = ("mmi", "mmi_joint_all", "barlow_twins", "vicreg", "visreg", "lejepa", "supervised")
 START = {"adamw": (1e-3, 4e-3), "lars": (2.0, 8.0), "sgd": (0.03, 0.12), "sgd-plain": (0.3, 1.2)}
 FACTOR, ROUNDS = 4.0, 4
-EARLIER = {"mmi": 32.0, "mmi_joint_all": 32.0, "barlow_twins": 1.0, "vicreg": 16.0, "supervised": 8.0}
-EARLIER |= {"lejepa": 16.0, "visreg": 16.0}
-"""LARS's rates of the demo whose rows are stored, from grids whose rows are not."""
 NEAR = 0.02
 """A rate whose score is within this of the best does as well."""
 
@@ -83,7 +80,8 @@ def grow(
 
 def stored(task: str, optimizer: str, fallback: str = "digits") -> dict[str, float]:
     """The best stored rate by method; of ``fallback`` where the task has no grid."""
-    grids = _grids(environment.read(environment.RESULTS / "rates.csv"))
+    files = sorted(environment.RESULTS.rglob("rates.csv"))
+    grids = _grids([row for path in files for row in environment.read(path)])
 
     def of(name: str) -> dict[str, float]:
         return {which[2]: best(found) for which, found in grids.items() if which[:2] == (name, optimizer)}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 Result = TypeVar("Result")
+_HAS_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)  # since torch 2.5
 
 
 def _edges(views: Sequence[Tensor]) -> Tensor:
@@ -151,7 +152,7 @@ class MMILoss(nn.Module):
         if is_in_backward and self._without_gradient:
             views, step = self._recalled(views)
         hooks: AbstractContextManager[None] = nullcontext()
-        if torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        if _HAS_HOOKS(True) and torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
             # Activation checkpointing keeps nothing of a region, and runs it again for what its backward needs, when
             # the counter has gone on. Its hooks do not see what is saved under these, which is small.
             hooks = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach)
