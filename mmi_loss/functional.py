@@ -96,6 +96,11 @@ def components(views: Sequence[Tensor], step: int | Tensor, options: Options) ->
     return MMIComponents(value, -value.detach(), *of_views)
 
 
+def noise(views: Sequence[Tensor], step: int | Tensor, options: Options) -> Tensor:
+    """The noise under the features of each slice of the views, in units of feature variance."""
+    return torch.as_tensor(_estimate(views, step, options).noises[0])
+
+
 class _Estimate(NamedTuple):
     loss: Tensor  # with gradient
     log_dets: Tensor  # (m, ...), constant

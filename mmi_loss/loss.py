@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -128,6 +129,25 @@ class MMILoss(nn.Module):
     ) -> MMIComponents:  # fmt: skip
         """In place of :meth:`forward`, for logging: the loss with the entropies it is made of, of the same slice."""
         return self._of_step(functional.components, z_a, z_b, local_proj, global_proj)
+
+    def frozen_at(
+        self, z_a: Tensor | Sequence[Tensor] | None = None, z_b: Tensor | None = None,
+        *, local_proj: Tensor | None = None, global_proj: Tensor | None = None,
+    ) -> MMILoss:  # fmt: skip
+        """A loss with the noise fixed at that of these views in the next call: the function whose gradient at them this
+        loss has. A ValueError if there is one for each of several slices.
+        """
+        if self.options.snr is not None or self.options.ridge is not None or not self.options.row.is_pooled:
+            return copy.deepcopy(self)
+        if self.options.num_slices > 1:
+            raise ValueError(f"num_slices={self.options.num_slices} have a noise each: frozen_at takes one slice")
+        with torch.no_grad():
+            noise = functional.noise(views_of_call(z_a, z_b, local_proj, global_proj), self.step, self.options)
+        options = self.options.given()
+        options["ridge"] = float(noise)
+        frozen = MMILoss(**options).train(self.training)
+        frozen.step = self.step.clone()
+        return frozen
 
     def extra_repr(self) -> str:
         """The options."""

@@ -163,6 +163,27 @@ class ForgetsItsState(nn.Module):
         return mean_square(z_a, z_b) * self.calls
 
 
+class HoldsItsScale(nn.Module):
+    """A mean square over a scale that the gradient takes for a constant; ``error``: and is wrong besides."""
+
+    def __init__(self, error=0.0, scale=None):
+        super().__init__()
+        self.error, self.scale = error, scale
+
+    def frozen_at(self, z_a, z_b):
+        return HoldsItsScale(scale=z_a.square().mean())
+
+    def forward(self, z_a, z_b):
+        scale = z_a.detach().square().mean() if self.scale is None else self.scale
+        loss = exact_mean_square(z_a, z_b) / scale
+        return loss + self.error * (z_a.sum() - z_a.sum().detach())
+
+
+class HoldsItsScaleAndErrs(HoldsItsScale):
+    def __init__(self):
+        super().__init__(error=0.1)
+
+
 class DiesAfterInference(nn.Module):
     def __init__(self):
         super().__init__()
@@ -200,6 +221,8 @@ PLANTED = [
     (wrong_gradient, "gradient", "wrong", r"not that of the value: it is .* off the finite difference at \(64, 192\)"),
     (twice_the_gradient, "gradient", "wrong", "it is 2 times the finite difference"),
     (partly_detached, "gradient", "note", "something is detached, which may be meant"),
+    (HoldsItsScale, "gradient", "note", r"compared with the finite difference of frozen_at\(\*views\)"),
+    (HoldsItsScaleAndErrs, "gradient", "note", "off the finite difference"),
     (one_sided, "gradient", "note", r"view 2 of \(64, 192\) gets no gradient"),
     (deaf, "gradient", "wrong", "does not follow the gradient that arrives"),
     (of_the_order, "order", "wrong", "the value depends on the order of the samples"),
@@ -251,10 +274,14 @@ def test_mmi_loss_passes_whole():
     report = doctor.check(MMILoss)
     assert report.checks == list(CHECKS)
     assert report.passed, str(report)
-    assert {f.check for f in report.findings} == {"batch size", "state", "cost"}
+    assert {f.check for f in report.findings} == {"gradient", "batch size", "state", "cost"}
 
 
 QUICK = [name for name in CHECKS if name not in ("compile", "processes", "cost")]
+
+
+def test_what_frozen_at_holds_constant_is_no_fault():
+    assert not any("off the finite difference" in text for _, _, text in found(HoldsItsScale, "gradient"))
 
 
 def test_other_objectives_and_instances_pass():

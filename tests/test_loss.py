@@ -254,6 +254,27 @@ def test_paper():
     assert MMILoss.paper(beta=0.5).options.beta == 0.5
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"slice_dim": None}, {"objective": "exchangeable"}, {"snr": 9.0}, {"objective": "joint"}], ids=str
+)
+def test_frozen_at_has_the_gradient_and_is_the_function_of_it(options):
+    """On the slice of the next call; the value is the same there and another elsewhere."""
+    loss_fn = MMILoss(**{"slice_dim": 6, **options})
+    loss_fn.step.fill_(3)
+    generator = torch.Generator().manual_seed(0)
+    pair = [torch.randn(12, 9, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    frozen = loss_fn.frozen_at(*pair)
+    assert loss_fn.step == frozen.step == 3
+    fixed = frozen.eval()(*pair)
+    ours = loss_fn.eval()(*pair)
+    assert ours.item() == pytest.approx(fixed.item(), rel=1e-12)
+    for ours_, fixed_ in zip(torch.autograd.grad(ours, pair), torch.autograd.grad(fixed, pair), strict=True):
+        torch.testing.assert_close(ours_, fixed_)
+    assert torch.autograd.gradcheck(frozen, pair)
+    with pytest.raises(ValueError, match="frozen_at takes one slice"):
+        MMILoss(num_slices=2, slice_dim=6).frozen_at(*pair)
+
+
 def test_repr_shows_what_applies():
     for loss_fn, shown, hidden in (
         (

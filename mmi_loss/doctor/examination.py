@@ -119,6 +119,16 @@ class Patient:
             raise TypeError(f"the loss is no scalar tensor but {getattr(loss, 'shape', type(loss).__name__)}")
         return loss.reshape(())
 
+    def frozen(self, views: Views) -> Callable[[Views], Tensor]:
+        """The function whose gradient at the views the loss claims to have: the loss itself, or what its ``frozen_at``
+        gives, with all fixed there that the gradient takes for a constant.
+        """
+        criterion = self.make()
+        if not hasattr(criterion, "frozen_at"):
+            return self.value
+        fixed = FORWARDS[self.forward][1](criterion.frozen_at, views)
+        return lambda moved: self.value(moved, copy.deepcopy(fixed))
+
     def run(
         self, views: Views, criterion: Any = None, seed: int = 0, half: torch.dtype | None = None, arriving: float = 1
     ) -> Outcome:
@@ -221,7 +231,10 @@ def _gradient(p: Patient) -> Found:
             yield NOTE, f"view {i + 1} of {shape} gets no gradient: a target"
         if not moved:
             continue
-        found = [_against_slope(p, views, outcome.grads, chosen) for chosen in (moved, *([i] for i in moved))]
+        value = p.frozen(views)
+        if value != p.value and n == p.batch:
+            yield NOTE, "something is held constant: it was compared with the finite difference of frozen_at(*views)"
+        found = [_against_slope(value, views, outcome.grads, chosen) for chosen in (moved, *([i] for i in moved))]
         if (off := max(error for error, _ in found)) > SLOPE:
             ratio = found[0][1]
             is_factor = abs(ratio - 1) > 1e-3 and all(abs(r / ratio - 1) < SLOPE / 10 for _, r in found)
@@ -238,7 +251,9 @@ def _gradient(p: Patient) -> Found:
             yield from _unlike(WRONG, text, _grads(alone)[i], outcome.grads[i])
 
 
-def _against_slope(p: Patient, views: Views, grads: Views, chosen: Sequence[int]) -> tuple[float, float]:
+def _against_slope(
+    value: Callable[[Views], Tensor], views: Views, grads: Views, chosen: Sequence[int]
+) -> tuple[float, float]:
     """Of gradient and finite difference the relative error and the ratio, moving the chosen views along the gradient
     mixed with a random direction. Losses have kinks: of three directions the best counts.
     """
@@ -251,7 +266,7 @@ def _against_slope(p: Patient, views: Views, grads: Views, chosen: Sequence[int]
         values, step = [], 1e-6 * reach
         with torch.no_grad():
             for h in (step, -step):
-                values.append(float(p.value([z + h * direction.get(i, 0.0) for i, z in enumerate(views)])))
+                values.append(float(value([z + h * direction.get(i, 0.0) for i, z in enumerate(views)])))
         slope, said = (values[0] - values[1]) / (2 * step), sum(float((grads[i] * direction[i]).sum()) for i in chosen)
         found.append((abs(slope - said) / size, said / slope if slope else math.nan))
         if found[-1][0] < SLOPE:
