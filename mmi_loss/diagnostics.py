@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmi_loss.options import Options, noise_floor
+from mmi_loss.ops.covariance import noise_floor
+from mmi_loss.options import Options
 
 
 @dataclass(frozen=True)
@@ -165,9 +166,9 @@ def content_information(
     without its minus and without a slice.
 
     :math:`\tfrac12 \log\det(C + r) - \tfrac12 \log\det(W + r)` of standardised features, with the loss's noise floor
-    r (:func:`mmi_loss.options.noise_floor`). It is not corrected for chance, which the floor limits: unrelated views
-    of 64 features show 0.5 nats in 256 samples. Source: Chang et al. 2024, https://arxiv.org/abs/2409.04747, Theorem 1;
-    the floor and the content are our reading.
+    r (:func:`mmi_loss.ops.covariance.noise_floor`). It is not corrected for chance, which the floor limits: unrelated
+    views of 64 features show 0.5 nats in 256 samples. Source: Chang et al. 2024, https://arxiv.org/abs/2409.04747,
+    Theorem 1; the floor and the content are our reading.
 
     Example:
         >>> from mmi_loss import MMILoss

@@ -20,9 +20,9 @@ from torch import Tensor
 from mmi_loss import checks, distributed, reference
 from mmi_loss.diagnostics import mutual_information
 from mmi_loss.ops import slices, triton
-from mmi_loss.ops.covariance import CovarianceLoss, Shared
+from mmi_loss.ops.covariance import CovarianceLoss, Shared, noise_floor
 from mmi_loss.ops.gram import gram_loss
-from mmi_loss.options import Options, OptionTypes, noise_floor, shows_options
+from mmi_loss.options import Options, OptionTypes, shows_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

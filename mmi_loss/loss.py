@@ -55,7 +55,7 @@ class MMILoss(nn.Module):
         seed: With the step counter, determines the slices.
         snr: Fixes the noise at a share of all variance, not of what differs between views: total feature variance over
             the noise variance in one direction, so about how many directions the loss can tell apart, at most one per
-            sample (:func:`mmi_loss.options.noise_floor`).
+            sample (:func:`mmi_loss.ops.covariance.noise_floor`).
         ridge: Fixes the noise variance itself, in units of feature variance; at least what the dtype resolves, ``8 dim
             eps``.
         logdet: ``"cholesky"`` is exact; ``"taylor"`` the paper's truncated series.

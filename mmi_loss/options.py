@@ -9,9 +9,6 @@ import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
-import torch
-from torch import Tensor
-
 from mmi_loss.objectives import OBJECTIVES, Objective
 from mmi_loss.ops.covariance import LogDet, cholesky
 from mmi_loss.ops.series import Series
@@ -32,7 +29,6 @@ OptionTypes = TypedDict(  # noqa: UP013 - a table of two dozen words is no class
     total=False,
 )  # fmt: skip
 """Name and type of every option; :class:`mmi_loss.MMILoss` says what they mean, docs/defaults.md why the defaults."""
-Number = float | Tensor
 DEFAULTS: OptionTypes = {
     "objective": "content", "logdet": "cholesky", "slice_kind": "kronecker", "impl": "auto",
     "slice_dim": 128, "num_slices": 1, "seed": 0,
@@ -40,7 +36,6 @@ DEFAULTS: OptionTypes = {
     "order": 4, "beta": 1.0,  # the paper's order; the largest scale at which every series is a lower bound
     "gather_distributed": False, "process_group": None,
 }  # fmt: skip
-DIRECTIONS, FINEST = 64, 4  # of the noise floor
 LOGDETS = ("cholesky", "taylor")
 SLICE_KINDS = ("kronecker", "gaussian", "coordinates")
 IMPLS = ("auto", "eager", "triton", "reference")
@@ -130,38 +125,6 @@ def _validate(given: dict[str, Any]) -> None:
     if group is not None and not hasattr(group, "rank"):
         hint = "a DeviceMesh has one for each dimension: mesh.get_group('dp')"
         raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {group!r}; {hint}")
-
-
-def noise_floor(options: Options, dim: int, samples: int | Tensor, dtype: torch.dtype) -> tuple[Number, Number]:
-    """The noise under ``dim`` features in a determinant of a batch, in units of feature variance: our reading.
-
-    It is the larger of the second number and the first times w, the share of the features' variance that differs
-    between the views of an image, in the mean over them: ``noise = w dim / min(DIRECTIONS, samples)``.
-
-    What differs between views is noise by definition, and its variance, ``w dim`` in all, is spread evenly over 64
-    directions, or over those that so few samples show. As long as an encoder does not know an image again, w is near 1
-    and only the strongest 64 directions rise above the noise; later it is small, and as many rise as the data of many
-    classes use. A floor that does not move is too fine for the one or too coarse for the other (docs/defaults.md). The
-    second number, ``dim / (4 samples)``, is a quarter of what a sample adds to the variance of its own direction: finer
-    than that, all is chance. The noise is a constant for the gradient, which would else lower it for its own sake. It
-    bounds the exact loss: log(1 + x) <= x, so half of log det(I + M / noise) is at most half of tr M / noise, 32 / w
-    nats, and never more than ``2 samples``.
-
-    With ``snr`` given, and where views are not pooled, so that nothing says what differs, all variance takes the place
-    of w: ``noise = dim / min(snr, samples)``. ``samples`` in a tensor gives a tensor: reading it would wait for the
-    device.
-    """
-    # Rounding perturbs the spectrum of a dim x dim correlation matrix by about dim * eps; a floor below that would make
-    # singular matrices indefinite.
-    least = 8 * dim * torch.finfo(dtype).eps
-    if options.ridge is not None:
-        return 0.0, max(options.ridge, least)
-    snr = options.snr or DIRECTIONS
-    factor: Number = 0.0
-    noise: Number = dim / (samples.clamp(max=snr) if isinstance(samples, Tensor) else min(snr, samples))
-    if options.snr is None and options.row.is_pooled:
-        factor, noise = noise, dim / samples / FINEST
-    return factor, noise.clamp(min=least) if isinstance(noise, Tensor) else max(noise, least)
 
 
 Call = TypeVar("Call", bound=Callable[..., Any])

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +14,17 @@ from torch import Tensor
 from mmi_loss.objectives import Objective, Weights
 from mmi_loss.ops.autograd import closed_form
 
+if TYPE_CHECKING:
+    from mmi_loss.options import Options
+
 LogDet = Callable[[Sequence[Tensor], Sequence[int], Weights], tuple[Tensor, list[Tensor]]]
 """From groups of SPD matrices (g, ..., n, n), and how many more eigenvalues of 1 the matrices of each have: the log
 dets (sum of g, ...) in nats, and the gradient of their weighted sum with respect to each group, symmetric: new tensors.
 """
 
 Floor = tuple[Any, Any]
-"""Two numbers or tensors: :func:`mmi_loss.options.noise_floor`."""
+"""Two numbers or tensors: :func:`noise_floor`."""
+DIRECTIONS, FINEST = 64, 4  # of the noise floor
 
 
 class Shared(NamedTuple):
@@ -94,6 +98,38 @@ def inverse_std(variance: Tensor, mean: Tensor | None = None) -> Tensor:
     if mean is not None:
         floor = (mean * (ROUNDINGS * info.eps)).square() + floor
     return (variance.sqrt() / variance).masked_fill(variance <= floor, 0.0)
+
+
+def noise_floor(options: Options, dim: int, samples: int | Tensor, dtype: torch.dtype) -> Floor:
+    """The noise under ``dim`` features in a determinant of a batch, in units of feature variance: our reading.
+
+    It is the larger of the second number and the first times w, the share of the features' variance that differs
+    between the views of an image, in the mean over them: ``noise = w dim / min(DIRECTIONS, samples)``.
+
+    What differs between views is noise by definition, and its variance, ``w dim`` in all, is spread evenly over 64
+    directions, or over those that so few samples show. As long as an encoder does not know an image again, w is near 1
+    and only the strongest 64 directions rise above the noise; later it is small, and as many rise as the data of many
+    classes use. A floor that does not move is too fine for the one or too coarse for the other (docs/defaults.md). The
+    second number, ``dim / (4 samples)``, is a quarter of what a sample adds to the variance of its own direction: finer
+    than that, all is chance. The noise is a constant for the gradient, which would else lower it for its own sake. It
+    bounds the exact loss: log(1 + x) <= x, so half of log det(I + M / noise) is at most half of tr M / noise, 32 / w
+    nats, and never more than ``2 samples``.
+
+    With ``snr`` given, and where views are not pooled, so that nothing says what differs, all variance takes the place
+    of w: ``noise = dim / min(snr, samples)``. ``samples`` in a tensor gives a tensor: reading it would wait for the
+    device.
+    """
+    # Rounding perturbs the spectrum of a dim x dim correlation matrix by about dim * eps; a floor below that would make
+    # singular matrices indefinite.
+    least = 8 * dim * torch.finfo(dtype).eps
+    if options.ridge is not None:
+        return 0.0, max(options.ridge, least)
+    snr = options.snr or DIRECTIONS
+    factor: float | Tensor = 0.0
+    noise: float | Tensor = dim / (samples.clamp(max=snr) if isinstance(samples, Tensor) else min(snr, samples))
+    if options.snr is None and options.row.is_pooled:
+        factor, noise = noise, dim / samples / FINEST
+    return factor, noise.clamp(min=least) if isinstance(noise, Tensor) else max(noise, least)
 
 
 def noise_of(floor: Floor, squares: Tensor, inverse_std: Tensor, samples: int | Tensor) -> Tensor:
