@@ -88,7 +88,7 @@ def isolated(timeout: float, *calls: Call) -> list[Any]:
         return [answers[receive] for receive in owners]
     finally:
         for receive, process in owners.items():
-            process.join(GRACE if receive in answers else 0)  # what has answered ends by itself, and what it does then
+            process.join(GRACE if receive in answers else 0)  # who has answered may end: coverage is written then
             process.kill()
             process.join()
             receive.close()
